@@ -1,0 +1,1 @@
+"""Models that chapters take apart: pretrained ones through one loader, and small random ones for exact tests."""
