@@ -1,0 +1,128 @@
+"""First-order maps: all heads at once from two forwards and one backward, and what each head writes to the logits itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attnlab.circuits.metrics import Metric, Readout, logit_diff
+from attnlab.circuits.model import HookedLM, Node
+from attnlab.circuits.pairs import Batch, Pairs
+from attnlab.circuits.patching import Direction, _both_runs, _scores
+from attnlab.circuits.scores import Scores
+
+
+def attribution_patch(
+    model: HookedLM,
+    pairs: Pairs,
+    *,
+    metric: Metric = logit_diff,
+    positions: str | int = "all",
+    direction: Direction = "noise",
+) -> Scores:
+    r"""First-order estimate of :func:`~attnlab.circuits.patching.activation_patch` for every head at once.
+
+    .. math:: \hat P(h) = \sum_t (z^{source}_{h,t} - z^{base}_{h,t}) \cdot \partial m / \partial z_{h,t}
+
+    with the gradient taken at the base run. Two forwards and one backward, whatever the number of heads. It underrates
+    heads behind a saturated softmax and cannot see self-repair: confirm the top heads exactly.
+
+    Raises:
+        ValueError: for an unknown position, or pairs whose metric does not differ.
+    """
+    heads = [(node,) for node in model.spec.heads]
+    gap, base_metric = torch.empty(len(pairs)), torch.empty(len(pairs))
+    effect = torch.empty(len(heads), len(pairs))
+    for batch in pairs.batches(size=16):  # activations of every layer stay alive until the backward
+        base_tokens, source_tokens = (batch.clean, batch.corrupt) if direction == "noise" else (batch.corrupt, batch.clean)
+        with torch.no_grad():
+            source = model.run(source_tokens, capture=("z",))
+            m_source = metric(Readout(model, source.resid[model.spec.n_layers], batch))
+        base = model.run(base_tokens, capture=("z",), grad=True)
+        m_base = metric(Readout(model, base.resid[model.spec.n_layers], batch))
+        zs = [base.acts["z", layer] for layer in range(model.spec.n_layers)]
+        grads = torch.autograd.grad(m_base.sum(), zs)  # rows do not interact, so the sum gives each row its own gradient
+        where = batch.mask(positions).to(m_base.device)
+        for layer, (z, grad) in enumerate(zip(zs, grads, strict=True)):
+            change = (source.acts["z", layer] - z.detach()) * grad  # [B, T, H, d_head]
+            per_head = (change.sum(-1) * where[..., None]).sum(1)  # [B, H]
+            rows = torch.arange(layer * model.spec.n_heads, (layer + 1) * model.spec.n_heads)
+            effect[rows[:, None], batch.index] = per_head.T.cpu().to(effect.dtype)
+        gap[batch.index] = (m_source - m_base.detach()).cpu().to(gap.dtype)
+        base_metric[batch.index] = m_base.detach().cpu().to(gap.dtype)
+    how = "attribution patching, gradient at the base run"
+    return _scores(model, pairs, heads, effect, gap, base_metric, metric, positions, direction, how)
+
+
+def direct_logit_attribution(model: HookedLM, pairs: Pairs, which: Literal["clean", "corrupt"] = "clean") -> np.ndarray:
+    """What each head's write at END adds to the logit difference directly, ``[n_layers, n_heads, N]`` in logits.
+
+    The scale of the final norm is held at its value in the full run, so the parts add up: heads + MLPs + embedding = logit
+    difference (up to the norm's bias).
+
+    Raises:
+        ValueError: if ``which`` is unknown or the final norm is neither LayerNorm nor RMSNorm.
+    """
+    if which not in ("clean", "corrupt"):
+        raise ValueError(f"which={which!r} is unknown; use 'clean' or 'corrupt'")
+    table = np.empty((model.spec.n_layers, model.spec.n_heads, len(pairs)))
+    with torch.no_grad():
+        for batch in pairs.batches():
+            run = model.run(getattr(batch, which), capture=("z",))
+            direction = answer_direction(model, run.resid[model.spec.n_layers][:, -1], batch)  # [B, d_model]
+            for layer in range(model.spec.n_layers):
+                z = run.acts["z", layer][:, -1]  # [B, H, d_head]
+                part = torch.einsum("bhe,hed,bd->hb", z, model.W_O[layer], direction)
+                table[layer][:, batch.index.numpy()] = part.cpu().numpy()
+    return table
+
+
+def answer_direction(model: HookedLM, resid: Tensor, batch: Batch) -> Tensor:
+    """The vector whose product with a write is the write's share of the logit difference, ``[B, d_model]``.
+
+    ``resid`` [B, d_model] is the final residual that fixes the scale of the norm.
+    """
+    weight, _ = model._unembed
+    answer, foil = (weight[tokens[:, 0].to(weight.device)] for tokens in (batch.answers, batch.foils))
+    gain = model.bridge.ln_final.weight * (answer - foil)  # [B, d_model]
+    kind = model.bridge.cfg.normalization_type or ""
+    eps = model.bridge.cfg.eps
+    if kind.startswith("RMS"):
+        return gain / (resid.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+    if kind.startswith("LN"):
+        gain = gain - gain.mean(-1, keepdim=True)  # the mean that LayerNorm takes off every write
+        return gain / (resid.var(-1, keepdim=True, unbiased=False) + eps).sqrt()
+    raise ValueError(f"final norm {kind!r} is neither LayerNorm nor RMSNorm; direct logit attribution cannot hold its scale")
+
+
+def attention_to(
+    model: HookedLM,
+    pairs: Pairs,
+    heads: Iterable[str | Node],
+    to: Sequence[str],
+    from_position: str | int = "END",
+    which: Literal["clean", "corrupt"] = "clean",
+) -> dict[Node, dict[str, np.ndarray]]:
+    """Attention that each head pays from one position to named positions: ``{head: {name: [N]}}`` (summed over a name's tokens).
+
+    Raises:
+        ValueError: for an unknown head or position.
+    """
+    chosen = [model.spec.check(head) for head in heads]
+    result = {node: {name: np.empty(len(pairs)) for name in to} for node in chosen}
+    with torch.no_grad():
+        for batch in pairs.batches():
+            run = model.run(getattr(batch, which), capture=("pattern",))
+            source = batch.mask(from_position)
+            if not bool((source.sum(1) == 1).all()):
+                raise ValueError(f"from_position={from_position!r} must be one position a prompt")
+            row = source.long().argmax(1)
+            for node in chosen:
+                pattern = run.acts["pattern", node.layer][torch.arange(len(batch)), node.head, row]  # [B, T]
+                for name in to:
+                    result[node][name][batch.index.numpy()] = (pattern.cpu() * batch.mask(name)).sum(1).numpy()
+    return result
