@@ -14,6 +14,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -138,13 +139,13 @@ class Source:
         return self.text
 
     def _repr_html_(self) -> str:
-        from pygments import highlight
-        from pygments.formatters import HtmlFormatter
-        from pygments.lexers import PythonLexer
+        from pygments import formatters, highlight, lexers  # type: ignore[import-untyped]
 
         # The book has a style sheet with a light and a dark half; a live notebook has none for our classes.
         book = in_book()
-        code = highlight(self.text, PythonLexer(stripnl=False), HtmlFormatter(nowrap=True, noclasses=not book))
+        code = highlight(
+            self.text, lexers.PythonLexer(stripnl=False), formatters.HtmlFormatter(nowrap=True, noclasses=not book)
+        )
         look = "" if book else ' style="background: #f8f8f8; color: #202020; padding: 0.6em 0.8em"'
         return f'<div class="attnlab-source highlight"><pre{look}>{code}</pre></div>'
 
@@ -181,10 +182,8 @@ def out_dir() -> Path:
 def versions() -> dict[str, str]:
     """Versions that every measurement carries: python, torch (if installed) and attnlab."""
     found = {"python": platform.python_version()}
-    try:
+    with suppress(metadata.PackageNotFoundError):
         found["torch"] = metadata.version("torch")
-    except metadata.PackageNotFoundError:
-        pass
     return {**found, "attnlab": __version__}
 
 

@@ -54,6 +54,19 @@ def logit_diff(end: Readout) -> Tensor:
     return logits[:, 0] - logits[:, 1]
 
 
+def log_odds(end: Readout) -> Tensor:
+    """Log of (probability of any answer / probability of any foil) in logits, ``[R]``.
+
+    With one answer and one foil this is :func:`logit_diff`. Unlike :func:`prob_diff` it does not saturate, so gradients
+    through it stay informative where the model is sure.
+    """
+
+    def mass(tokens: Tensor) -> Tensor:
+        return end.logit(tokens).masked_fill(end.tile(tokens) == PAD, -torch.inf).logsumexp(1)
+
+    return mass(end.batch.answers) - mass(end.batch.foils)
+
+
 def prob_diff(end: Readout) -> Tensor:
     """Probability of all answers minus probability of all foils, ``[R]``."""
     probs = end.logits.softmax(-1)
@@ -89,5 +102,5 @@ def log_prob(end: Readout) -> Tensor:
 
 
 METRICS: dict[str, Metric] = {
-    f.__name__: f for f in (logit_diff, prob_diff, accuracy, choice_accuracy, log_prob)
+    metric.__name__: metric for metric in (logit_diff, log_odds, prob_diff, accuracy, choice_accuracy, log_prob)
 }

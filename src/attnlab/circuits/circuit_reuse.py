@@ -1,0 +1,167 @@
+"""Circuit Component Reuse Across Tasks in Transformer Language Models (Merullo, Eickhoff & Pavlick 2024, arXiv:2310.08744).
+
+Taught in the chapter ``circuits/circuit-reuse``. The experiment in four steps, for any model that does the tasks: score all
+heads on three tasks, compare the rankings, name the roles, force the middle heads (section 5 of the paper).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from attnlab.circuits import tasks
+from attnlab.circuits.attribution import attention_to, attribution_patch, direct_logit_attribution
+from attnlab.circuits.interventions import force_pattern, uniform_over
+from attnlab.circuits.metrics import accuracy, choice_accuracy, log_odds
+from attnlab.circuits.model import HookedLM, Node
+from attnlab.circuits.pairs import Pairs
+from attnlab.circuits.scores import Scores
+
+#: the heads of the paper, GPT-2 Medium
+GPT2_MEDIUM_HEADS = {
+    "inhibition": ("12.3", "13.4", "13.13"),
+    "negative mover": ("19.1",),
+    "mover": ("15.14", "16.15", "17.4", "18.5", "19.15"),
+    "duplicate token": ("6.4",),
+    "induction": ("9.3",),
+    "content gatherer": ("11.6", "11.7", "12.15"),
+}
+#: accuracy in percent that the paper reports for GPT-2 Medium on Colored Objects (section 5)
+GPT2_MEDIUM_ACCURACY = {"untouched": 49.6, "negative mover": 78.1, "inhibition": 81.5, "inhibition + negative mover": 93.7}
+#: heads of SmolLM2-135M-Instruct that attend from END to S2 on IOI: two like inhibition heads, one that demotes S itself
+SMOLLM2_S2_HEADS = ("19.2", "20.0", "23.3")
+
+
+def pooled(make: Callable[..., Pairs], tokenizer: Any, n: int, seeds: Sequence[int], **options: Any) -> Pairs:
+    """``n`` pairs from each seed as one data set; pair ``i * n`` is the first of ``seeds[i]``."""
+    parts = [make(tokenizer, n, seed, **options) for seed in seeds]
+    return Pairs(parts[0].name, tokenizer, [pair for part in parts for pair in part.pairs])
+
+
+def three_tasks(tokenizer: Any, n: int = 12, seeds: Sequence[int] = (0, 1, 2), year_form: str = "digit") -> dict[str, Pairs]:
+    """The two tasks that are compared, and greater-than as the control that shares nothing with them but the model."""
+    return {
+        "IOI": pooled(tasks.ioi, tokenizer, n, seeds),
+        "Colored Objects": pooled(tasks.colored_objects, tokenizer, n, seeds),
+        "Greater-than": pooled(tasks.greater_than, tokenizer, n, seeds, form=year_form),
+    }
+
+
+def attribution_maps(model: HookedLM, data: dict[str, Pairs]) -> dict[str, Scores]:
+    """One map of all heads a task, all in logits (:func:`~attnlab.circuits.metrics.log_odds`)."""
+    return {name: attribution_patch(model, pairs, metric=log_odds) for name, pairs in data.items()}
+
+
+def head_roles(model: HookedLM, pairs: Pairs, exact: Scores, heads: Sequence[str | Node]) -> pd.DataFrame:
+    """What IOI heads do: exact effect, direct effect on the answer, attention at END, and the role that follows.
+
+    The role is a reading of two numbers, as in the paper: a head that attends to IO copies it (``mover``) or works against
+    it (``negative mover``); one that attends to S2 writes against S (``demotes S``) or only steers others
+    (``inhibition-like``). "Directly" means more than a tenth of the largest direct effect of all heads.
+    """
+    direct = direct_logit_attribution(model, pairs).mean(-1)
+    attends = attention_to(model, pairs, heads, ["IO", "S1", "S2"])
+    rows = []
+    for head in map(Node.parse, heads):
+        to = {name: float(values.mean()) for name, values in attends[head].items()}
+        writes = float(direct[head.layer, head.head])
+        rows.append(
+            {
+                "head": str(head),
+                "exact effect": exact.of(head),
+                "direct effect": writes,
+                **to,
+                "role": _role(to, writes, float(np.abs(direct).max())),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _role(to: dict[str, float], writes: float, largest: float) -> str:
+    place = max(to, key=lambda name: to[name])
+    if to[place] < 0.25:
+        return "attends elsewhere"
+    speaks = abs(writes) > 0.1 * largest
+    if place == "IO":
+        return ("mover" if writes > 0 else "negative mover") if speaks else "attends to IO"
+    if place == "S2":
+        return ("demotes S" if writes > 0 else "promotes S") if speaks else "inhibition-like"
+    return "attends to S1"
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Outcome of forcing heads onto the wrong colours, one row a group of heads."""
+
+    names: Sequence[str]
+    choice: np.ndarray  # [G, N] 1 where the right colour beats the two others
+    open: np.ndarray  # [G, N] 1 where the right colour beats the whole vocabulary
+
+    def gain(self, row: int, draws: int = 2000, seed: int = 0) -> tuple[float, tuple[float, float]]:
+        """Gain in three-way accuracy over row 0 (untouched), in points, with its 95% bootstrap interval over prompts."""
+        change = 100 * (self.choice[row] - self.choice[0])
+        picks = np.random.default_rng(seed).integers(len(change), size=(draws, len(change)))
+        low, high = np.quantile(change[picks].mean(1), [0.025, 0.975])
+        return float(change.mean()), (float(low), float(high))
+
+    def gains(self, rows: Sequence[int]) -> np.ndarray:
+        """Gains of several rows in points."""
+        return 100 * (self.choice[list(rows)].mean(1) - self.choice[0].mean())
+
+
+def repair(model: HookedLM, pairs: Pairs, groups: dict[str, Sequence[str]], towards: str = "wrong") -> Repair:
+    """Force each group of heads from END onto the ``towards`` positions and score the answers; row 0 is the untouched model.
+
+    Source: section 5 of the paper (there: inhibition heads and negative mover of GPT-2 Medium onto the two wrong colours).
+    """
+    chosen = [(), *groups.values()]
+    by_choice = force_pattern(model, pairs, chosen, uniform_over(towards), metric=choice_accuracy)
+    by_vocabulary = force_pattern(model, pairs, chosen, uniform_over(towards), metric=accuracy)
+    return Repair(["untouched", *groups], by_choice, by_vocabulary)
+
+
+def random_groups(model: HookedLM, heads: Sequence[str], n: int = 20, seed: int = 0) -> dict[str, list[str]]:
+    """``n`` different groups with as many heads in the same layers as ``heads``, none of which is in ``heads``: the control.
+
+    Raises:
+        ValueError: if the layers do not hold that many different groups.
+    """
+    rng = np.random.default_rng(seed)
+    taken = {model.spec.check(head) for head in heads}
+    free = {layer: [h for h in range(model.spec.n_heads) if Node(layer, h) not in taken] for layer in {t.layer for t in taken}}
+    wanted = {layer: sum(node.layer == layer for node in taken) for layer in free}
+    found: dict[tuple[Node, ...], None] = {}
+    for _ in range(100 * n):
+        group = [Node(la, int(h)) for la in sorted(free) for h in rng.choice(free[la], wanted[la], replace=False)]
+        found[tuple(sorted(group))] = None
+        if len(found) == n:
+            return {f"random {i}": [str(node) for node in group] for i, group in enumerate(found)}
+    raise ValueError(f"n={n} different random groups were not found in layers {sorted(free)}; ask for fewer")
+
+
+def gpt2_medium_repair(model: HookedLM, n: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """The paper's own experiment: GPT-2 Medium, its heads, its numbers beside ours (needs the weights; minutes on a CPU).
+
+    Returns:
+        One row a condition: ``condition, paper, accuracy, three-way`` in percent.
+
+    Raises:
+        ValueError: if the model is not the size of GPT-2 Medium.
+    """
+    if (model.spec.n_layers, model.spec.n_heads) != (24, 16):
+        raise ValueError(f"model {model.spec.name} has {model.spec.n_layers} x {model.spec.n_heads} heads; the paper's are 24 x 16")
+    inhibition, negative = GPT2_MEDIUM_HEADS["inhibition"], GPT2_MEDIUM_HEADS["negative mover"]
+    groups = {"negative mover": negative, "inhibition": inhibition, "inhibition + negative mover": (*inhibition, *negative)}
+    outcome = repair(model, tasks.colored_objects(model.tokenizer, n, seed), groups)
+    return pd.DataFrame(
+        {
+            "condition": outcome.names,
+            "paper": [GPT2_MEDIUM_ACCURACY[name] for name in outcome.names],
+            "accuracy": 100 * outcome.open.mean(1),
+            "three-way": 100 * outcome.choice.mean(1),
+        }
+    )
