@@ -504,33 +504,191 @@ def test_misspelt_name_gets_a_suggestion(no_hub_cache, monkeypatch) -> None:
         pretrained.load("SmolLM2-135M-Instuct")
 
 
-def test_hub_model_that_was_downloaded_before_loads_offline(tmp_path, monkeypatch) -> None:
-    """A GPT-2 in the hub's own cache layout; the network is cut."""
+def test_hub_model_that_was_downloaded_before_loads_offline(tmp_path: Path, monkeypatch) -> None:
+    """A GPT-2 in the layout of Hugging Face's own cache; the network is cut."""
     from huggingface_hub import constants
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.utils import hub
 
-    small = pretrained.tiny_gpt2(dtype=torch.float32)
-    snapshot = tmp_path / "models--gpt2" / "snapshots" / "0" * 1
+    snapshot = tmp_path / "models--gpt2" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (tmp_path / "models--gpt2" / "refs").mkdir()
-    (tmp_path / "models--gpt2" / "refs" / "main").write_text("0")
-    weights = {name.removeprefix("transformer."): value for name, value in hf_state(small).items()}
-    from safetensors.torch import save_file
-
-    save_file(weights, snapshot / "model.safetensors", metadata={"format": "pt"})
-    small.original_model.config.save_pretrained(snapshot)
-    small.tokenizer.save_pretrained(snapshot)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "models--gpt2" / "refs" / "main").write_text("abc")
+    config = GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config).eval()
+    model.save_pretrained(snapshot)
+    pretrained.tiny(vocab=32).tokenizer.save_pretrained(snapshot)
+    for module in (constants, hub.constants):
+        monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path))
     no_name_server(monkeypatch)
     assert pretrained.available()["gpt2"] == "cached"
     bridge = pretrained.load("gpt2")
     tokens = torch.tensor([[3, 9, 4]])
-    assert torch.equal(bridge(tokens), small(tokens))
+    torch.testing.assert_close(bridge(tokens), model(tokens).logits)
 
 
-def hf_state(bridge) -> dict[str, torch.Tensor]:
-    """The parameters of a bridged GPT-2 under Hugging Face's names."""
-    return {
-        name.replace("._original_component", ""): parameter.detach().clone()
-        for name, parameter in bridge.original_model.named_parameters()
-        if "lm_head" not in name
-    }
+# --- tiny models ---------------------------------------------------------------------------------------------------
+
+
+def llama_oracle(bridge, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [B, T, V] of a Llama model written out by hand from the bridge's weights."""
+    cfg = bridge.cfg
+    heads, groups, width = cfg.n_heads, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head
+    length = tokens.shape[1]
+    angles = torch.outer(
+        torch.arange(length, dtype=torch.float64), 10_000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    )
+    turn = torch.polar(torch.ones_like(angles), angles)[:, None]  # [T, 1, D / 2]
+
+    def norm(x, gain):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain
+
+    def rotate(x):  # [B, T, H, D]: channels (i, i + D / 2) are one complex number
+        z = torch.complex(x[..., : width // 2], x[..., width // 2 :]) * turn
+        return torch.cat((z.real, z.imag), dim=-1)
+
+    x = bridge.W_E[tokens]
+    for layer, block in enumerate(bridge.blocks):
+        normed = norm(x, block.ln1.weight)
+        q = rotate(torch.einsum("btm,hmd->bthd", normed, bridge.W_Q[layer]))
+        k = rotate(torch.einsum("btm,hmd->bthd", normed, bridge.W_K[layer]))
+        v = torch.einsum("btm,hmd->bthd", normed, bridge.W_V[layer])
+        for head in range(heads):
+            group = head // (heads // groups)
+            scores = torch.einsum("btd,bsd->bts", q[:, :, head], k[:, :, group]) * width**-0.5
+            seen = torch.ones(length, length, dtype=torch.bool).tril()
+            pattern = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+            x = x + pattern @ v[:, :, group] @ bridge.W_O[layer, head]
+        normed = norm(x, block.ln2.weight)
+        gate = normed @ block.mlp.gate.weight.T
+        x = x + (gate * gate.sigmoid() * (normed @ getattr(block.mlp, "in").weight.T)) @ block.mlp.out.weight.T
+    return norm(x, bridge.ln_final.weight) @ bridge.W_U
+
+
+@pytest.mark.parametrize("sizes", [{}, {"n_layers": 3, "n_heads": 4, "n_kv_heads": 4, "d_model": 24, "seed": 5}])
+def test_tiny_is_exact_in_float64(sizes) -> None:
+    bridge = pretrained.tiny(**sizes)
+    tokens = torch.randint(2, 64, (3, 17), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours, oracle = bridge(tokens), llama_oracle(bridge, tokens)
+    assert ours.dtype == torch.float64
+    assert oracle.std() > 0.1  # not a comparison of zeros
+    torch.testing.assert_close(ours, oracle, rtol=0, atol=1e-12)
+
+
+def test_tiny_gpt2_is_exact_in_float64() -> None:
+    """Rounding the weights' arithmetic to float32 anywhere would show at 1e-7; finite differences see it at once."""
+    bridge = pretrained.tiny_gpt2()
+    tokens = torch.tensor([[5, 9, 12, 40]])
+    direction = torch.randn(32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def score(step: float) -> torch.Tensor:
+        def shift(x, hook):
+            return x + step * direction
+
+        with torch.no_grad():
+            return bridge.run_with_hooks(tokens, fwd_hooks=[("hook_embed", shift)])[0, -1, 7]
+
+    steps = [score(k * 1e-4) for k in (-2, -1, 1, 2)]
+    slope = (steps[0] - 8 * steps[1] + 8 * steps[2] - steps[3]) / (12e-4)
+    seen = {}
+
+    def keep(x, hook):
+        seen["x"] = x
+        x.retain_grad()
+        return x
+
+    bridge.run_with_hooks(tokens, fwd_hooks=[("hook_embed", keep)])[0, -1, 7].backward()
+    exact = (seen["x"].grad @ direction).sum()
+    torch.testing.assert_close(slope, exact, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("make", [pretrained.tiny, pretrained.tiny_gpt2])
+def test_tiny_models_follow_the_seed_and_leave_the_global_generator_alone(make) -> None:
+    tokens = torch.tensor([[3, 4, 5]])
+    state = torch.get_rng_state()
+    first = make(seed=1)(tokens)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(make(seed=1)(tokens), first)
+    assert not torch.equal(make(seed=2)(tokens), first)
+    assert make(dtype=torch.float32)(tokens).dtype == torch.float32
+
+
+@pytest.mark.parametrize("make", [pretrained.tiny, pretrained.tiny_gpt2])
+def test_tiny_models_have_words_and_no_bos(make) -> None:
+    bridge = make()
+    assert bridge.to_tokens("t3 t5 t63").tolist() == [[3, 5, 63]]
+    assert bridge.to_string(torch.tensor([3, 5])) == "t3 t5"
+
+
+@pytest.mark.parametrize(
+    ("make", "sizes", "message"),
+    [
+        (pretrained.tiny, {"n_kv_heads": 4}, "multiple of n_kv_heads, got 6 and 4"),
+        (pretrained.tiny, {"d_model": 50}, "d_model must be a multiple"),
+        (pretrained.tiny, {"d_model": 54}, "rotary pairs"),
+        (pretrained.tiny, {"n_layers": 0}, "n_layers must be at least 1, got 0"),
+        (pretrained.tiny, {"vocab": 2}, "vocab must be at least 3, got 2"),
+        (pretrained.tiny_gpt2, {"d_model": 30}, "multiple of n_heads, got 30 for 4"),
+        (pretrained.tiny_gpt2, {"n_heads": 0}, "n_heads must be at least 1"),
+    ],
+)
+def test_tiny_sizes_are_checked(make, sizes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**sizes)
+
+
+# --- the real thing ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm():
+    """SmolLM2 from the user's cache, converted there first if need be."""
+    if smollm2.locate() is None and pretrained.available()[smollm2.NAME] != "cached":
+        pytest.skip(f"SmolLM2 is not installed: {smollm2.SOURCE.install()}")
+    pretrained.load()
+    started = time.perf_counter()
+    bridge = pretrained.load()
+    seconds = time.perf_counter() - started
+    print(f"warm load: {seconds:.2f} s")
+    assert seconds < 15  # 1.5 s on an idle core; the limit only catches a conversion on every load
+    return bridge
+
+
+@pytest.mark.model
+def test_smollm2_completes_the_ioi_prompt(smollm) -> None:
+    tokens = smollm.to_tokens("When Mary and John went to the store, John gave a drink to")
+    with torch.no_grad():
+        scores, cache = smollm.run_with_cache(tokens)
+    assert smollm.to_string(scores[0, -1].argmax()[None]) == " Mary"
+    length = tokens.shape[1]
+    assert length == 14  # one token a word, and no BOS
+    for hook, shape in {
+        "attn.hook_q": (1, length, 9, 64),
+        "attn.hook_k": (1, length, 3, 64),
+        "attn.hook_v": (1, length, 3, 64),
+        "attn.hook_z": (1, length, 9, 64),
+        "attn.hook_pattern": (1, 9, length, length),
+        "hook_resid_pre": (1, length, 576),
+        "hook_mlp_out": (1, length, 576),
+    }.items():
+        assert cache[f"blocks.29.{hook}"].shape == shape, hook
+
+
+@pytest.mark.model
+def test_smollm2_tokenizer(smollm) -> None:
+    tokenizer = smollm.tokenizer
+    assert smollm.to_tokens("a").shape == (1, 1)
+    assert smollm.to_tokens("2024").shape == (1, 4)
+    assert [tokenizer.decode([i]) for i in tokenizer("7 05")["input_ids"]] == ["7", " ", "0", "5"]
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    assert chat.endswith("<|im_start|>user\nHello<|im_end|>\n")
+
+
+@pytest.mark.model
+def test_smollm2_has_the_published_shape(smollm) -> None:
+    config = smollm.original_model.config
+    assert sum(parameter.numel() for parameter in smollm.parameters()) == 134_515_008
+    assert config.rope_parameters["rope_theta"] == 100_000.0
+    assert config.rms_norm_eps == 1e-5
+    assert smollm.W_K.shape == (30, 3, 576, 64)

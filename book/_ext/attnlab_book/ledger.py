@@ -18,7 +18,7 @@ VERDICTS = ("confirmed", "refuted", "not distinguishable", "different setting", 
 
 
 def audit(app: Sphinx, env: BuildEnvironment) -> None:
-    """Warn about each claim of a written chapter that is unrecorded, undeclared or stale (``env-check-consistency``)."""
+    """Turn what is wrong with the written chapters' claims into warnings (``env-check-consistency``)."""
     slugs = [slug for slug in papers.all() if slug in written(env)]
     for problem in claims.audit(slugs, recorded(app)):
         LOGGER.warning("claims ledger: %s", problem, type="attnlab", subtype="claims")

@@ -27,5 +27,5 @@ class ChapterList(HtmlDirective):
             f"<li><strong>{escape(paper.headline)}</strong>"
             f"<p>{escape(paper.idea)}</p>"
             f'<p class="attnlab-cite">{citation(paper)}</p>'
-            f"<p>{self.state(paper, 'Read the chapter')}</p></li>"
+            f"<p>{self.status(paper, 'Read the chapter')}</p></li>"
         )

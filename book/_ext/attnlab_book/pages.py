@@ -81,7 +81,7 @@ class HtmlDirective(SphinxDirective):
         """Return the address of ``page`` relative to this one."""
         return self.env.app.builder.get_relative_uri(self.env.docname, page)
 
-    def state(self, paper: papers.Paper, label: str) -> str:
+    def status(self, paper: papers.Paper, label: str) -> str:
         """Return a link to the paper's chapter, or say that it is in preparation."""
         if paper.slug in written(self.env):
             return f'<a class="attnlab-ready" href="{escape(self.uri(chapter_page(paper)))}">{escape(label)}</a>'

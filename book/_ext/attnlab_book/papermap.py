@@ -1,4 +1,4 @@
-"""``{paper-map}``: the thirty papers as points under their parts, with an arc between papers that talk to each other."""
+"""``{paper-map}``: the thirty papers as points under their parts, with an arc between related ones."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class PaperMap(HtmlDirective):
             f"<p>{escape(paper.idea)}</p>"
             f'<p class="attnlab-cite">{citation(paper)}</p>'
             f'<p class="attnlab-cite">Talks to: {others}.</p>'
-            f"<p>{self.state(paper, 'Read the chapter')}</p>"
+            f"<p>{self.status(paper, 'Read the chapter')}</p>"
         )
 
 
@@ -102,11 +102,13 @@ def map_chart(book: dict[str, papers.Paper], ready: set[str]) -> alt.LayerChart:
         fillOpacity=alt.condition("datum.ready", alt.value(1), alt.value(0)),
         opacity=alt.condition(alive, alt.value(1), alt.value(0.35)),
     )
-    names = nodes.mark_text(align="left", dx=10, baseline="middle", fontSize=13, cursor="pointer").encode(
+    bold = alt.ExprRef(f"datum.slug === {picked} ? 'bold' : 'normal'")
+    names = nodes.mark_text(
+        align="left", dx=10, baseline="middle", fontSize=13, cursor="pointer", fontWeight=bold
+    ).encode(
         # A phone has room for the short name only.
         text=alt.Text(value=alt.ExprRef("width < 520 ? datum.short : datum.headline")),
         opacity=alt.condition(alive, alt.value(1), alt.value(0.55)),
-        fontWeight=alt.condition(f"datum.slug === {picked}", alt.value("bold"), alt.value("normal")),
     )
     titles = (
         alt.Chart(alt.Data(values=headings))

@@ -113,15 +113,15 @@ class Repair:
         return 100 * (self.choice[list(rows)].mean(1) - self.choice[0].mean())
 
 
-def repair(model: HookedLM, pairs: Pairs, groups: dict[str, Sequence[str]], towards: str = "wrong") -> Repair:
-    """Force each group of heads from END onto the ``towards`` positions and score the answers; row 0 is the untouched model.
+def repair(model: HookedLM, pairs: Pairs, groups: dict[str, Sequence[str]], towards: dict[str, str] | None = None) -> Repair:
+    """Force each group of heads from END onto the two wrong colours and score the answers; row 0 is the untouched model.
 
-    Source: section 5 of the paper (there: inhibition heads and negative mover of GPT-2 Medium onto the two wrong colours).
+    ``towards`` names another target for some groups, such as ``{"the same heads, right colour": "right"}``.
+    Source: section 5 of the paper (there: inhibition heads and negative mover of GPT-2 Medium).
     """
-    chosen = [(), *groups.values()]
-    by_choice = force_pattern(model, pairs, chosen, uniform_over(towards), metric=choice_accuracy)
-    by_vocabulary = force_pattern(model, pairs, chosen, uniform_over(towards), metric=accuracy)
-    return Repair(["untouched", *groups], by_choice, by_vocabulary)
+    weights = [uniform_over((towards or {}).get(name, "wrong")) for name in ("untouched", *groups)]
+    choice, open_ = force_pattern(model, pairs, [(), *groups.values()], weights, metrics=(choice_accuracy, accuracy))
+    return Repair(["untouched", *groups], choice, open_)
 
 
 def random_groups(model: HookedLM, heads: Sequence[str], n: int = 20, seed: int = 0) -> dict[str, list[str]]:

@@ -30,16 +30,16 @@ def force_pattern(
     model: HookedLM,
     pairs: Pairs,
     groups: Sequence[Sequence[str | Node]],
-    weights: Weights,
+    weights: Weights | Sequence[Weights],
     *,
     from_position: str | int = "END",
-    metric: Metric = choice_accuracy,
+    metrics: Sequence[Metric] = (choice_accuracy,),
 ) -> np.ndarray:
-    """Run the clean prompts with the attention rows of some heads replaced, ``[G, N]`` metric values.
+    """Run the clean prompts with the attention rows of some heads replaced, ``[M, G, N]`` values of M metrics.
 
-    For each head of a group the row of ``from_position`` becomes ``weights``; values, ``W_O`` and every other position are
-    untouched (Merullo et al., section 5). The run restarts at the lowest head and at ``from_position``. An empty group is
-    the unforced model.
+    For each head of a group the row of ``from_position`` becomes ``weights`` (one for all groups, or one a group); values,
+    ``W_O`` and every other position are untouched (Merullo et al., section 5). The run restarts at the lowest head and at
+    ``from_position``. An empty group is the unforced model.
 
     Raises:
         ValueError: for unknown heads or positions, or weights that are negative or do not sum to 1.
@@ -47,39 +47,47 @@ def force_pattern(
     chosen = [_group(model, group) if group else () for group in groups]
     if any(node.head is None for group in chosen for node in group):
         raise ValueError("groups must hold heads such as '19.2'; an MLP or the embedding has no attention pattern")
-    result = np.empty((len(chosen), len(pairs)))
+    targets = [weights] * len(chosen) if callable(weights) else list(weights)
+    if len(targets) != len(chosen):
+        raise ValueError(f"weights has {len(targets)} entries for {len(chosen)} groups; give one for all or one a group")
+    result = np.empty((len(metrics), len(chosen), len(pairs)))
     with torch.no_grad():
         for batch in pairs.batches():
             base = model.run(batch.clean)
-            target = _checked(weights(batch), batch)
-            where = batch.mask(from_position)
-            first = int(where.any(0).nonzero()[0])
             final = base.resid[model.spec.n_layers]
-            plain = metric(Readout(model, final, batch)).cpu().numpy()
+            where = batch.mask(from_position).to(final.device)
+            first = int(where.any(0).nonzero()[0])
             forced = [i for i, group in enumerate(chosen) if group]
-            for i in set(range(len(chosen))) - set(forced):
-                result[i, batch.index.numpy()] = plain
+            plain = [i for i, group in enumerate(chosen) if not group]
+            result[:, plain, batch.index.numpy()[:, None]] = _measure(model, final, batch, metrics)[:, 0, :, None]
             for numbers in _chunks(chosen, len(batch) * (where.shape[1] - first), forced):
                 layer = min(node.layer for node in chosen[numbers[0]])
-                edits = _pattern_edits([chosen[i] for i in numbers], target.to(final), where.to(final.device))
+                target = torch.cat([_checked(targets[i](batch), batch) for i in numbers]).to(final)  # [C * B, T]
+                edits = _pattern_edits([chosen[i] for i in numbers], target, where)
                 run = model.resume(base, layer, first, copies=len(numbers), edits=edits)
-                values = metric(Readout(model, run.resid[model.spec.n_layers], batch)).view(len(numbers), len(batch))
-                result[np.array(numbers)[:, None], batch.index.numpy()] = values.cpu().numpy()
+                values = _measure(model, run.resid[model.spec.n_layers], batch, metrics)
+                result[:, np.array(numbers)[:, None], batch.index.numpy()] = values
     return result
 
 
+def _measure(model: HookedLM, resid: Tensor, batch: Batch, metrics: Sequence[Metric]) -> np.ndarray:
+    """All metrics of one readout, ``[M, copies, B]``."""
+    end = Readout(model, resid, batch)
+    return np.stack([metric(end).view(end.copies, len(batch)).cpu().numpy() for metric in metrics])
+
+
 def _pattern_edits(groups: Sequence[Sequence[Node]], target: Tensor, where: Tensor) -> list[Edit]:
-    """Edits of ``pattern`` [R, H, T', T] for copies ``groups`` of the batch."""
+    """Edits of ``pattern`` [C * B, H, T', T] that give copy ``c`` the rows ``target`` [C * B, T] in the heads ``groups[c]``."""
+    size = len(where)
 
     def edit(layer: int) -> Edit:
-        rows = [(copy, node.head) for copy, group in enumerate(groups) for node in group if node.layer == layer]
+        cells = [(copy, node.head) for copy, group in enumerate(groups) for node in group if node.layer == layer]
 
         def change(pattern: Tensor, first: int) -> Tensor:
             pattern = pattern.clone()
-            size = len(where)
-            for copy, head in rows:
-                part = pattern[copy * size : (copy + 1) * size, head]  # [B, T', T]
-                part[:] = torch.where(where[:, first:, None], target[:, None], part)
+            for copy, head in cells:
+                rows = slice(copy * size, (copy + 1) * size)
+                pattern[rows, head] = torch.where(where[:, first:, None], target[rows, None], pattern[rows, head])
             return pattern
 
         return Edit("pattern", layer, change)

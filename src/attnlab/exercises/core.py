@@ -8,12 +8,11 @@ import dis
 import html
 import inspect
 import linecache
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from types import FrameType, FunctionType
+from types import FunctionType
 from typing import Any, Literal
-
-from attnlab import lab
 
 Status = Literal["accepted", "rejected", "nothing yet"]
 Difficulty = Literal["easy", "medium", "hard"]
@@ -122,27 +121,64 @@ class Exercise:
 
     def _check(self, answer: Any) -> Feedback:
         if is_stub(answer):
-            return Feedback("nothing yet", f"Write your answer, then run this cell again (about {self.minutes} minutes).")
+            return Feedback("nothing yet", f"Write your answer and run this cell again (about {self.minutes} minutes).")
         if self.answer_is == "function" and not callable(answer):
-            return reject(f"This exercise wants a function; {_brief(answer)} is none. Hand it over without calling it.")
+            return reject(f"This exercise wants a function, not {_brief(answer)}. Hand it over without calling it.")
         if self.answer_is == "value" and isinstance(answer, FunctionType):
-            return reject(f"This exercise wants a value, but {answer.__name__} is a function. Hand over what it returns.")
+            return reject(
+                f"This exercise wants a value, but {answer.__name__} is a function. Hand over what it returns."
+            )
         try:
             return self.checker(answer)
-        except NotImplementedError as error:
-            if error.args:
-                return reject(_explain(error, answer))
+        except NotImplementedError:
             return Feedback("nothing yet", "Your function still raises NotImplementedError.")
         except Exception as error:  # whatever the reader's code raises is feedback for the reader
-            return reject(_explain(error, answer))
+            return reject(self._explain(error, answer))
+
+    def _explain(self, error: Exception, answer: Any) -> str:
+        """The error's message and the reader's line that led to it."""
+        message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        line = _line_in(_files_of(answer), error, beside=self.checker) if self.answer_is == "function" else None
+        if line is None:
+            return f"The checker could not work with your answer ({_brief(answer)}). {message}"
+        return f"Your code raised {message}, in {line}"
 
 
 def is_stub(answer: Any) -> bool:
-    """Whether nothing was written yet: None, ``...``, or a function that does nothing and returns None."""
+    """Whether nothing was written yet: None, ``...``, or a function that does nothing but return one of them."""
     if answer is None or answer is ...:
         return True
     if not isinstance(answer, FunctionType):
         return False
-    instructions = {instruction.opname for instruction in dis.get_instructions(answer)}
-    constants = set(map(type, answer.__code__.co_consts)) if not answer.__doc__ else _constants_after_docstring(answer)
-    return instructions <= _IDLE and constants <= {type(None), type(...)}
+    return all(
+        step.opname in _IDLE and (step.opname not in _CONSTANTS or step.argval is None or step.argval is ...)
+        for step in dis.get_instructions(answer)
+    )
+
+
+_CONSTANTS = {"LOAD_CONST", "RETURN_CONST"}
+_IDLE = _CONSTANTS | {"RESUME", "NOP", "COPY_FREE_VARS", "RETURN_VALUE"}
+
+
+def _files_of(answer: Any) -> set[str]:
+    """The files, or notebook cells, in which a function or the methods of a class were written."""
+    function = inspect.unwrap(getattr(answer, "func", answer))  # a partial wraps its function as ``func``
+    if hasattr(function, "__code__"):
+        return {function.__code__.co_filename}
+    members = vars(function if inspect.isclass(function) else type(function)).values()
+    return {member.__code__.co_filename for member in members if isinstance(member, FunctionType)}
+
+
+def _line_in(files: set[str], error: Exception, beside: Callable[..., Any]) -> str | None:
+    """The innermost line of ``files`` on the error's way, except in the function ``beside``; None if there is none."""
+    place = None
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
+        if code.co_filename in files and code is not getattr(beside, "__code__", None):
+            place = f"line {number} of {code.co_name}: {linecache.getline(code.co_filename, number).strip()}"
+    return place
+
+
+def _brief(answer: Any) -> str:
+    shape = getattr(answer, "shape", None)
+    return f"{type(answer).__name__}" if shape is None else f"{type(answer).__name__} of shape {tuple(shape)}"

@@ -10,20 +10,15 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 from html import escape
 from typing import Any
 
 import altair as alt
 
 from attnlab.figures.palette import CATEGORIES, SOFTMAX
+from attnlab.lab import in_book
 
 NAME = "attnlab"
-
-
-def in_book() -> bool:
-    """Say whether outputs are being made for the static book."""
-    return os.environ.get("ATTNLAB_BOOK") == "1"
 
 
 def theme() -> alt.theme.ThemeConfig:

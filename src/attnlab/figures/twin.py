@@ -16,7 +16,8 @@ from typing import Any
 import ipywidgets
 from IPython.display import HTML, display
 
-from attnlab.figures.render import described, figure_html, in_book
+from attnlab.figures.render import described, figure_html
+from attnlab.lab import in_book
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 NOTE = "This panel comes alive in JupyterLab, VS Code or Colab; here it shows one setting."

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -24,9 +25,10 @@ def boot(name: str, model: nn.Module, tokenizer: Any) -> TransformerBridge:
     tokenizer.init_kwargs = {"name_or_path": name} | given | {"add_bos_token": True}
     try:
         parameter = next(model.parameters())
-        bridge = TransformerBridge.boot_transformers(
-            name, hf_model=model, tokenizer=tokenizer, device=str(parameter.device), dtype=parameter.dtype
-        )
+        with torch.random.fork_rng(devices=[]):  # splitting GPT-2's joint projection draws numbers nobody uses
+            bridge = TransformerBridge.boot_transformers(
+                name, hf_model=model, tokenizer=tokenizer, device=str(parameter.device), dtype=parameter.dtype
+            )
     finally:
         tokenizer.init_kwargs = given
     return bridge.eval()

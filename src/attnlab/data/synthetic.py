@@ -1,0 +1,59 @@
+"""Generated tasks that several chapters share. Each takes the generator it draws from: same seed, same data."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+IGNORE = -100  # a target that counts for nothing: the default ``ignore_index`` of torch's cross entropy
+
+
+class Recall(NamedTuple):
+    """A batch of recall sequences: ``tokens`` [B, T] and ``targets`` [B, T], which are ``IGNORE`` off the queries."""
+
+    tokens: NDArray[np.int64]
+    targets: NDArray[np.int64]
+
+
+def mqar(rng: np.random.Generator, batch: int, pairs: int, length: int, vocab: int) -> Recall:
+    """Multi-query associative recall: key-value pairs, then every key again at a random place, asking for its value.
+
+    ``k1 v1 k2 v2 ... . . k2 . k1 .`` where ``.`` is the filler, token 0. The target at a query is the value that the
+    key came with; guessing among the values is right once in ``vocab // 2`` times. The task measures how many pairs a
+    model's state can hold (Arora et al. 2023, "Zoology", arXiv:2312.04927, section 3).
+
+    Args:
+        rng: draws keys, values and places.
+        batch: B, sequences.
+        pairs: pairs a sequence, each asked for once.
+        length: T, tokens; at least ``3 * pairs``.
+        vocab: tokens in all: filler 0, keys from 1 to ``vocab // 2 - 1``, values from ``vocab // 2`` on.
+
+    Raises:
+        ValueError: a size that is not positive, a sequence too short or a vocabulary too small for the pairs.
+    """
+    for name, size in {"batch": batch, "pairs": pairs, "length": length, "vocab": vocab}.items():
+        if size <= 0:
+            raise ValueError(f"{name}: a positive number is wanted, not {size}")
+    if length < 3 * pairs:
+        raise ValueError(f"length: {pairs} pairs and their queries need at least {3 * pairs} tokens, not {length}")
+    first_value = vocab // 2
+    if pairs > first_value - 1:
+        raise ValueError(f"vocab: {pairs} different keys need at least {2 * (pairs + 1)} tokens, not {vocab}")
+
+    keys = 1 + _distinct(rng, batch, first_value - 1, pairs)  # [B, pairs]
+    values = rng.integers(first_value, vocab, size=(batch, pairs))
+    places = 2 * pairs + _distinct(rng, batch, length - 2 * pairs, pairs)
+
+    tokens = np.zeros((batch, length), dtype=np.int64)
+    tokens[:, 0 : 2 * pairs : 2] = keys
+    tokens[:, 1 : 2 * pairs : 2] = values
+    np.put_along_axis(tokens, places, keys, axis=1)
+    targets = np.full((batch, length), IGNORE, dtype=np.int64)
+    np.put_along_axis(targets, places, values, axis=1)
+    return Recall(tokens, targets)
+
+
+def _distinct(rng: np.random.Generator, batch: int, below: int, count: int) -> NDArray[np.int64]:
+    """Rows [batch, count] of different numbers below ``below``, in random order."""
+    return rng.random((batch, below)).argsort(axis=1)[:, :count]

@@ -1,0 +1,49 @@
+"""Every exercise of every paper: its solution is accepted, and each wrong answer is told what is wrong with it.
+
+The fake paper of the framework's own tests takes part, so that these tests are known to run.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from attnlab import exercises, papers
+
+FAKE = "fake-paper"
+exercises.__path__.append(str(Path(__file__).parent / "papers"))
+EXERCISES = [(slug, exercise) for slug in exercises.slugs() for exercise in exercises.load(slug).values()]
+exercises.__path__.pop()
+WRONG = [(slug, exercise, mistake) for slug, exercise in EXERCISES for mistake in exercise.wrong]
+
+
+def name(parameter):
+    return getattr(parameter, "title", parameter)
+
+
+@pytest.mark.parametrize(("slug", "exercise"), EXERCISES, ids=name)
+def test_the_solution_is_accepted(slug, exercise):
+    feedback = exercise.check(exercise.solved())
+    assert feedback.accepted, f"{slug}/{exercise.number}: {feedback}"
+    assert feedback.text
+
+
+@pytest.mark.parametrize(("slug", "exercise", "mistake"), WRONG, ids=name)
+def test_a_wrong_answer_is_told_its_mistake(slug, exercise, mistake):
+    feedback = exercise.check(exercise.wrong[mistake])
+    assert feedback.status == "rejected", f"{slug}/{exercise.number} {mistake}: {feedback}"
+    assert len(feedback.text.split()) >= 4, "feedback names the mistake"
+    assert feedback.text != exercise.check(exercise.solved()).text
+
+
+@pytest.mark.parametrize(("slug", "exercise"), EXERCISES, ids=name)
+def test_a_stub_raises_nothing(slug, exercise):
+    for stub in (None, ...):
+        assert exercise.check(stub).status == "nothing yet"
+
+
+@pytest.mark.parametrize("slug", [slug for slug in exercises.slugs() if slug != FAKE])
+def test_a_chapter_has_three_graded_exercises(slug):
+    assert slug in papers.all()
+    found = exercises.load(slug).values()
+    assert len(found) >= 3
+    assert {exercise.difficulty for exercise in found} == {"easy", "medium", "hard"}
