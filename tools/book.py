@@ -25,16 +25,30 @@ HTML = BUILD / "html"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.book", description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--missing-ok", action="store_true", help="render chapters that were not executed without their outputs")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.book", description=__doc__.splitlines()[0] if __doc__ else ""
+    )
+    parser.add_argument(
+        "--missing-ok", action="store_true", help="render chapters that were not executed without their outputs"
+    )
     options = parser.parse_args(arguments)
     missing = [chapter.name for chapter in all_chapters() if not chapter.is_fresh()]
     if missing and not options.missing_ok:
-        print(f"error: not executed since the last change: {', '.join(missing)}; run python -m tools.execute first", file=sys.stderr)
+        print(
+            f"error: not executed since the last change: {', '.join(missing)}; run python -m tools.execute first",
+            file=sys.stderr,
+        )
         return 2
     lay_out()
     flags = [] if missing else ["-W", "--keep-going", "-n"]
-    command = [str(Path(sys.executable).with_name("jupyter-book")), "build", *flags, "--path-output", str(ROOT), str(SITE)]
+    command = [
+        str(Path(sys.executable).with_name("jupyter-book")),
+        "build",
+        *flags,
+        "--path-output",
+        str(ROOT),
+        str(SITE),
+    ]
     code = subprocess.run(command, cwd=ROOT, env=os.environ | {"ATTNLAB_OUT": str(OUT), "ATTNLAB_BOOK": "1"}).returncode
     if code == 0:
         size = sum(path.stat().st_size for path in HTML.rglob("*") if path.is_file()) / 1e6

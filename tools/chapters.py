@@ -76,7 +76,9 @@ class Chapter:
         # lab loads figures by name, exercises load the chapter's module by name: static analysis sees neither
         start = imported_modules(self.code, graph.modules) | ({module, "attnlab.figures"} & graph.modules)
         modules = {ancestor for name in start for ancestor in _ancestors(name)}
-        modules |= {ancestor for name in start for up in graph.find_upstream_modules(name) for ancestor in _ancestors(up)}
+        modules |= {
+            ancestor for name in start for up in graph.find_upstream_modules(name) for ancestor in _ancestors(up)
+        }
         files = {_module_file(name) for name in modules}
         files |= set((SOURCE / "claims").glob(f"{self.slug}.toml"))
         files |= set((ROOT / "records").rglob(f"{self.slug}*.*"))
@@ -136,4 +138,3 @@ def _ancestors(name: str) -> list[str]:
 def _module_file(name: str) -> Path:
     path = SOURCE.joinpath(*name.split(".")[1:])
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-

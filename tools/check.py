@@ -32,7 +32,10 @@ def steps() -> list[Step]:
         Step("types", [str(tool("mypy"))]),
         Step("import directions", [str(tool("lint-imports"))]),
         Step("lock and environment.yml agree", [python, "-m", "tools.lock", "--check"]),
-        Step("unit tests", [*pytest, "tests", "--ignore=tests/book", "--ignore=tests/notebooks", "--ignore=tests/interpreter"]),
+        Step(
+            "unit tests",
+            [*pytest, "tests", "--ignore=tests/book", "--ignore=tests/notebooks", "--ignore=tests/interpreter"],
+        ),
         # a process of its own: the interpreter is chosen when triton is imported
         Step("Triton kernels in the interpreter", [*pytest, "tests/interpreter"], {"TRITON_INTERPRET": "1"}),
         Step("chapters", [python, "-m", "tools.execute"]),

@@ -22,7 +22,9 @@ CPU_BUDGET_S = 180  # 90 s alone on two cores
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.execute", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.execute", description=__doc__.splitlines()[0] if __doc__ else ""
+    )
     parser.add_argument("chapters", nargs="*", help="<part>/<slug>; all chapters if left out")
     parser.add_argument("--force", action="store_true", help="execute also what has not changed")
     options = parser.parse_args(arguments)
@@ -32,7 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     stale = [chapter for chapter in chosen if options.force or not chapter.is_fresh()]
-    print(f"chapters: {len(chosen)} in all, {len(chosen) - len(stale)} unchanged since they last ran, {len(stale)} to execute")
+    print(
+        f"chapters: {len(chosen)} in all, {len(chosen) - len(stale)} unchanged since they last ran, {len(stale)} to execute"
+    )
     code = execute(stale) if stale else 0
     report(chosen)
     return code
@@ -73,9 +77,21 @@ def execute(chapters: list[Chapter]) -> int:
         "JUPYTER_PLATFORM_DIRS": "1",
     }
     command = [sys.executable, "-m", "pytest", "--nbmake", "--overwrite", f"--nbmake-timeout={CELL_LIMIT_S}"]
-    command += [f"--timeout={CHAPTER_LIMIT_S}", "-p", "tools.progress", "-W", "default", "--rootdir", str(BUILD), "-c", os.devnull]
+    command += [
+        f"--timeout={CHAPTER_LIMIT_S}",
+        "-p",
+        "tools.progress",
+        "-W",
+        "default",
+        "--rootdir",
+        str(BUILD),
+        "-c",
+        os.devnull,
+    ]
     command += ["-q", "--no-header"] + (["-n", str(workers)] if workers > 1 else [])
-    code = subprocess.run([*command, *(str(chapter.executed) for chapter in chapters)], cwd=BUILD, env=environment).returncode
+    code = subprocess.run(
+        [*command, *(str(chapter.executed) for chapter in chapters)], cwd=BUILD, env=environment
+    ).returncode
     results = json.loads((BUILD / "chapters.json").read_text()) if (BUILD / "chapters.json").exists() else {}
     for chapter in chapters:
         result = results.get(str(chapter.executed), {})

@@ -32,7 +32,10 @@ def environment() -> str:
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     pins = [line for line in LOCK.read_text(encoding="utf-8").splitlines() if "==" in line]
     name = pyproject["project"]["name"]
-    lines = ["# Made by `make lock`; do not edit. The weights come with postBuild (Binder) or as README.md says (conda).", f"name: {name}"]
+    lines = [
+        "# Made by `make lock`; do not edit. The weights come with postBuild (Binder) or as README.md says (conda).",
+        f"name: {name}",
+    ]
     lines += ["channels: [conda-forge]", "dependencies:", "  - python=3.12", "  - pip", "  - pip:"]
     lines += [f'      - "{pin}"' for pin in pins] + ["      - -e ."]
     return "\n".join(lines) + "\n"
@@ -46,7 +49,9 @@ def main() -> int:
         return 0
     LOCK.write_text(resolve(), encoding="utf-8")
     ENVIRONMENT.write_text(environment(), encoding="utf-8")
-    print(f"{LOCK.name}: {sum('==' in line for line in LOCK.read_text().splitlines())} packages; {ENVIRONMENT.name} written")
+    print(
+        f"{LOCK.name}: {sum('==' in line for line in LOCK.read_text().splitlines())} packages; {ENVIRONMENT.name} written"
+    )
     return 0
 
 

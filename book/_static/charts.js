@@ -62,6 +62,8 @@
   const draw = async (box, spec, layout) => {
     const result = await vegaEmbed(box, layout, { actions: false, renderer: "svg", mode: "vega-lite", tooltip: true });
     views[box.id] = result.view;
+    // The drawing is an image with one text. Vega labels the box too, which would be read out twice.
+    for (const name of ["role", "aria-label", "aria-roledescription"]) box.removeAttribute(name);
     const svg = box.querySelector("svg");
     svg.setAttribute("role", "img");
     svg.setAttribute("aria-label", box.dataset.alt);

@@ -14,7 +14,6 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -103,22 +102,15 @@ def dtype() -> "torch.dtype":
 
 
 def seed(n: int) -> None:
-    """Seed Python, NumPy and torch (every device) with ``n``, where they are installed; ``0 <= n < 2**32``."""
+    """Seed Python, NumPy and torch (every device) with ``n``; ``0 <= n < 2**32``, or a ``ValueError``."""
     if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 2**32:
         raise ValueError(f"n: a seed is an integer from 0 to 2**32 - 1, not {n!r}")
+    import numpy as np
+    import torch
+
     random.seed(n)
-    try:
-        import numpy as np
-    except ImportError:
-        pass
-    else:
-        np.random.seed(n)  # noqa: NPY002 - the global stream is what libraries draw from when nobody gives a generator
-    try:
-        import torch
-    except ImportError:
-        pass
-    else:
-        torch.manual_seed(n)
+    np.random.seed(n)  # noqa: NPY002 - the global stream is what libraries draw from when nobody gives a generator
+    torch.manual_seed(n)
 
 
 def progress(iterable: Iterable[T], desc: str = "", total: int | None = None) -> Iterable[T]:
@@ -180,11 +172,8 @@ def out_dir() -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Versions that every measurement carries: python, torch (if installed) and attnlab."""
-    found = {"python": platform.python_version()}
-    with suppress(metadata.PackageNotFoundError):
-        found["torch"] = metadata.version("torch")
-    return {**found, "attnlab": __version__}
+    """Versions that every measurement carries: python, torch and attnlab. torch is asked without loading it."""
+    return {"python": platform.python_version(), "torch": metadata.version("torch"), "attnlab": __version__}
 
 
 def machine() -> dict[str, Any]:
@@ -291,16 +280,13 @@ def _shell() -> Any:
 
 def _set_threads() -> int:
     """Set torch's number of threads from ``ATTNLAB_THREADS``, else to the CPUs, and return it."""
+    import torch
+
     given = os.environ.get("ATTNLAB_THREADS")
     if given is not None and not (given.isdecimal() and int(given) > 0):
         raise ValueError(f"ATTNLAB_THREADS: a positive integer is wanted, not {given!r}")
     threads = int(given) if given else min(os.cpu_count() or 1, MOST_THREADS)
-    try:
-        import torch
-    except ImportError:
-        pass
-    else:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     return threads
 
 

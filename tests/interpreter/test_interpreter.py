@@ -18,7 +18,9 @@ def _scale_rows(x_ptr, scale_ptr, out_ptr, n_cols, BLOCK: tl.constexpr):
     tl.store(out_ptr + row * n_cols + cols, x * tl.load(scale_ptr + row), mask=inside)
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="set TRITON_INTERPRET=1 before triton is imported")
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="set TRITON_INTERPRET=1 before triton is imported"
+)
 @pytest.mark.parametrize("n_cols", [1, 60, 63, 100])
 def test_masked_tail_is_neither_read_nor_written(n_cols: int) -> None:
     x = torch.randn(3, n_cols, generator=torch.Generator().manual_seed(0))

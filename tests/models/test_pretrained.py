@@ -198,6 +198,16 @@ def test_tokenizer_is_kept_as_it_is(fake: Path) -> None:
         assert chat == "hello"
 
 
+def test_dtype_casts_weights_but_not_rotary_frequencies(fake: Path) -> None:
+    reference = pretrained.load()
+    double, half = pretrained.load(dtype=torch.float64), pretrained.load(dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    frequencies = [bridge.original_model.model.rotary_emb.inv_freq for bridge in (reference, half)]
+    assert torch.equal(*frequencies)
+    assert logits(double).dtype == torch.float64
+    torch.testing.assert_close(logits(double).float(), logits(reference), rtol=1e-4, atol=1e-4)
+
+
 # --- the cache -----------------------------------------------------------------------------------------------------
 
 

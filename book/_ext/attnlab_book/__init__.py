@@ -33,6 +33,17 @@ def add_scripts(app: Sphinx, pagename: str, templatename: str, context: dict[str
         app.add_js_file("ledger.js", loading_method="defer")
 
 
+def drop_thebe(app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
+    """Leave out the scripts of thebe (``html-page-context``).
+
+    Jupyter Book adds them to every page, twice, which is an error in the console; the book has no such button, and
+    pressing it would ask another host.
+    """
+    for key in ("script_files", "css_files"):
+        kept = [file for file in context[key] if "thebe" not in f"{file.filename} {file.attributes}".lower()]
+        context[key][:] = kept
+
+
 def outdated(app: Sphinx, env: BuildEnvironment, added: set[str], changed: set[str], removed: set[str]) -> list[str]:
     """Read the pages that show recorded rows or the list of chapters again when those changed."""
     digest = hashlib.sha256("\n".join(sorted(env.found_docs)).encode())
@@ -57,4 +68,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("doctree-read", facts.read)
     app.connect("doctree-resolved", facts.insert)
     app.connect("html-page-context", add_scripts)
+    app.connect("html-page-context", drop_thebe, priority=900)
     return {"version": "1", "env_version": 1, "parallel_read_safe": True, "parallel_write_safe": True}

@@ -6,7 +6,16 @@ score heads with :func:`activation_patch`, :func:`path_patch` or :func:`attribut
 
 from attnlab.circuits.attribution import attention_to, attribution_patch, direct_logit_attribution
 from attnlab.circuits.interventions import force_pattern, uniform_over
-from attnlab.circuits.metrics import Metric, Readout, accuracy, choice_accuracy, log_odds, log_prob, logit_diff, prob_diff
+from attnlab.circuits.metrics import (
+    Metric,
+    Readout,
+    accuracy,
+    choice_accuracy,
+    log_odds,
+    log_prob,
+    logit_diff,
+    prob_diff,
+)
 from attnlab.circuits.model import INPUT, Edit, HookedLM, Node, Run, Spec
 from attnlab.circuits.overlap import chance, overlap, overlap_curve, overlap_interval, top_share
 from attnlab.circuits.pairs import Batch, Pair, Pairs

@@ -12,7 +12,7 @@ from torch import Tensor
 from attnlab.circuits.metrics import Metric, Readout, logit_diff
 from attnlab.circuits.model import HookedLM, Node
 from attnlab.circuits.pairs import Batch, Pairs
-from attnlab.circuits.patching import Direction, _both_runs, _scores
+from attnlab.circuits.patching import Direction, _scores
 from attnlab.circuits.scores import Scores
 
 
@@ -38,14 +38,18 @@ def attribution_patch(
     gap, base_metric = torch.empty(len(pairs)), torch.empty(len(pairs))
     effect = torch.empty(len(heads), len(pairs))
     for batch in pairs.batches(size=16):  # activations of every layer stay alive until the backward
-        base_tokens, source_tokens = (batch.clean, batch.corrupt) if direction == "noise" else (batch.corrupt, batch.clean)
+        base_tokens, source_tokens = (
+            (batch.clean, batch.corrupt) if direction == "noise" else (batch.corrupt, batch.clean)
+        )
         with torch.no_grad():
             source = model.run(source_tokens, capture=("z",))
             m_source = metric(Readout(model, source.resid[model.spec.n_layers], batch))
         base = model.run(base_tokens, capture=("z",), grad=True)
         m_base = metric(Readout(model, base.resid[model.spec.n_layers], batch))
         zs = [base.acts["z", layer] for layer in range(model.spec.n_layers)]
-        grads = torch.autograd.grad(m_base.sum(), zs)  # rows do not interact, so the sum gives each row its own gradient
+        grads = torch.autograd.grad(
+            m_base.sum(), zs
+        )  # rows do not interact, so the sum gives each row its own gradient
         where = batch.mask(positions).to(m_base.device)
         for layer, (z, grad) in enumerate(zip(zs, grads, strict=True)):
             change = (source.acts["z", layer] - z.detach()) * grad  # [B, T, H, d_head]
@@ -96,7 +100,9 @@ def answer_direction(model: HookedLM, resid: Tensor, batch: Batch) -> Tensor:
     if kind.startswith("LN"):
         gain = gain - gain.mean(-1, keepdim=True)  # the mean that LayerNorm takes off every write
         return gain / (resid.var(-1, keepdim=True, unbiased=False) + eps).sqrt()
-    raise ValueError(f"final norm {kind!r} is neither LayerNorm nor RMSNorm; direct logit attribution cannot hold its scale")
+    raise ValueError(
+        f"final norm {kind!r} is neither LayerNorm nor RMSNorm; direct logit attribution cannot hold its scale"
+    )
 
 
 def attention_to(

@@ -6,7 +6,7 @@ heads on three tasks, compare the rankings, name the roles, force the middle hea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,12 @@ GPT2_MEDIUM_HEADS = {
     "content gatherer": ("11.6", "11.7", "12.15"),
 }
 #: accuracy in percent that the paper reports for GPT-2 Medium on Colored Objects (section 5)
-GPT2_MEDIUM_ACCURACY = {"untouched": 49.6, "negative mover": 78.1, "inhibition": 81.5, "inhibition + negative mover": 93.7}
+GPT2_MEDIUM_ACCURACY = {
+    "untouched": 49.6,
+    "negative mover": 78.1,
+    "inhibition": 81.5,
+    "inhibition + negative mover": 93.7,
+}
 #: heads of SmolLM2-135M-Instruct that attend from END to S2 on IOI: two like inhibition heads, one that demotes S itself
 SMOLLM2_S2_HEADS = ("19.2", "20.0", "23.3")
 
@@ -42,7 +47,9 @@ def pooled(make: Callable[..., Pairs], tokenizer: Any, n: int, seeds: Sequence[i
     return Pairs(parts[0].name, tokenizer, [pair for part in parts for pair in part.pairs])
 
 
-def three_tasks(tokenizer: Any, n: int = 12, seeds: Sequence[int] = (0, 1, 2), year_form: str = "digit") -> dict[str, Pairs]:
+def three_tasks(
+    tokenizer: Any, n: int = 12, seeds: Sequence[int] = (0, 1, 2), year_form: str = "digit"
+) -> dict[str, Pairs]:
     """The two tasks that are compared, and greater-than as the control that shares nothing with them but the model."""
     return {
         "IOI": pooled(tasks.ioi, tokenizer, n, seeds),
@@ -113,7 +120,9 @@ class Repair:
         return 100 * (self.choice[list(rows)].mean(1) - self.choice[0].mean())
 
 
-def repair(model: HookedLM, pairs: Pairs, groups: dict[str, Sequence[str]], towards: dict[str, str] | None = None) -> Repair:
+def repair(
+    model: HookedLM, pairs: Pairs, groups: Mapping[str, Sequence[str]], towards: Mapping[str, str] | None = None
+) -> Repair:
     """Force each group of heads from END onto the two wrong colours and score the answers; row 0 is the untouched model.
 
     ``towards`` names another target for some groups, such as ``{"the same heads, right colour": "right"}``.
@@ -132,7 +141,10 @@ def random_groups(model: HookedLM, heads: Sequence[str], n: int = 20, seed: int 
     """
     rng = np.random.default_rng(seed)
     taken = {model.spec.check(head) for head in heads}
-    free = {layer: [h for h in range(model.spec.n_heads) if Node(layer, h) not in taken] for layer in {t.layer for t in taken}}
+    free = {
+        layer: [h for h in range(model.spec.n_heads) if Node(layer, h) not in taken]
+        for layer in {t.layer for t in taken}
+    }
     wanted = {layer: sum(node.layer == layer for node in taken) for layer in free}
     found: dict[tuple[Node, ...], None] = {}
     for _ in range(100 * n):
@@ -153,9 +165,15 @@ def gpt2_medium_repair(model: HookedLM, n: int = 1000, seed: int = 0) -> pd.Data
         ValueError: if the model is not the size of GPT-2 Medium.
     """
     if (model.spec.n_layers, model.spec.n_heads) != (24, 16):
-        raise ValueError(f"model {model.spec.name} has {model.spec.n_layers} x {model.spec.n_heads} heads; the paper's are 24 x 16")
+        raise ValueError(
+            f"model {model.spec.name} has {model.spec.n_layers} x {model.spec.n_heads} heads; the paper's are 24 x 16"
+        )
     inhibition, negative = GPT2_MEDIUM_HEADS["inhibition"], GPT2_MEDIUM_HEADS["negative mover"]
-    groups = {"negative mover": negative, "inhibition": inhibition, "inhibition + negative mover": (*inhibition, *negative)}
+    groups = {
+        "negative mover": negative,
+        "inhibition": inhibition,
+        "inhibition + negative mover": (*inhibition, *negative),
+    }
     outcome = repair(model, tasks.colored_objects(model.tokenizer, n, seed), groups)
     return pd.DataFrame(
         {

@@ -49,7 +49,9 @@ def force_pattern(
         raise ValueError("groups must hold heads such as '19.2'; an MLP or the embedding has no attention pattern")
     targets = [weights] * len(chosen) if callable(weights) else list(weights)
     if len(targets) != len(chosen):
-        raise ValueError(f"weights has {len(targets)} entries for {len(chosen)} groups; give one for all or one a group")
+        raise ValueError(
+            f"weights has {len(targets)} entries for {len(chosen)} groups; give one for all or one a group"
+        )
     result = np.empty((len(metrics), len(chosen), len(pairs)))
     with torch.no_grad():
         for batch in pairs.batches():
@@ -97,7 +99,11 @@ def _pattern_edits(groups: Sequence[Sequence[Node]], target: Tensor, where: Tens
 
 def _checked(weights: Tensor, batch: Batch) -> Tensor:
     if weights.shape != batch.clean.shape:
-        raise ValueError(f"weights have shape {tuple(weights.shape)}; attention over the prompt needs {tuple(batch.clean.shape)}")
-    if bool((weights < 0).any()) or not torch.allclose(weights.sum(1), torch.ones(len(weights), dtype=weights.dtype), atol=1e-5):
+        raise ValueError(
+            f"weights have shape {tuple(weights.shape)}; attention over the prompt needs {tuple(batch.clean.shape)}"
+        )
+    if bool((weights < 0).any()) or not torch.allclose(
+        weights.sum(1), torch.ones(len(weights), dtype=weights.dtype), atol=1e-5
+    ):
         raise ValueError("weights must not be negative and must sum to 1 in every row, like attention")
     return weights

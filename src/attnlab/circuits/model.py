@@ -52,7 +52,9 @@ class Node(NamedTuple):
             return cls(int(match[1]), int(match[2]))
         if match := re.fullmatch(r"m(\d+)", text):
             return cls(int(match[1]), None)
-        raise ValueError(f"node {text!r} is not understood; write a head as '9.6', an MLP as 'm9', the embedding as 'input'")
+        raise ValueError(
+            f"node {text!r} is not understood; write a head as '9.6', an MLP as 'm9', the embedding as 'input'"
+        )
 
     def __str__(self) -> str:
         if self == INPUT:
@@ -251,7 +253,9 @@ class HookedLM:
         with torch.set_grad_enabled(grad), self._hooks(run, edits, tuple(capture), range(start, stop)):
             for layer in range(start, stop):
                 run.resid[layer] = resid
-                out = self.bridge.blocks[layer](resid, attention_mask=None, past_key_values=cache, use_cache=True, **extra)
+                out = self.bridge.blocks[layer](
+                    resid, attention_mask=None, past_key_values=cache, use_cache=True, **extra
+                )
                 resid = out[0] if isinstance(out, tuple) else out
         run.resid[stop] = resid
         return run

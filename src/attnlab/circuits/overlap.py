@@ -47,7 +47,10 @@ def chance(n_heads: int, k: int, level: float = 0.99) -> tuple[float, int]:
 
 
 def overlap_curve(
-    a: Scores, b: Scores, shares: Sequence[float] = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5), level: float = 0.99
+    a: Scores,
+    b: Scores,
+    shares: Sequence[float] = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5),
+    level: float = 0.99,
 ) -> pd.DataFrame:
     """Overlap against threshold: columns ``share, k, overlap, fraction, chance, chance_high``."""
     n = len(a.groups)
@@ -56,11 +59,15 @@ def overlap_curve(
         k = count(n, share)
         mean, high = chance(n, k, level)
         shared = overlap(a, b, share)
-        rows.append({"share": share, "k": k, "overlap": shared, "fraction": shared / k, "chance": mean, "chance_high": high})
+        rows.append(
+            {"share": share, "k": k, "overlap": shared, "fraction": shared / k, "chance": mean, "chance_high": high}
+        )
     return pd.DataFrame(rows)
 
 
-def overlap_interval(a: Scores, b: Scores, share: float, draws: int = 1000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+def overlap_interval(
+    a: Scores, b: Scores, share: float, draws: int = 1000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
     """Interval of the overlap when both data sets are resampled (percentile bootstrap over pairs).
 
     Resampling adds noise to both rankings, so the bootstrap distribution lies below the overlap of the full data; the

@@ -62,7 +62,9 @@ class Batch:
         elif positions in self.positions:
             where = self.positions[positions]
         else:
-            raise ValueError(f"positions={positions!r} is unknown; use 'all', an index or one of {sorted(self.positions)}")
+            raise ValueError(
+                f"positions={positions!r} is unknown; use 'all', an index or one of {sorted(self.positions)}"
+            )
         # one spare column takes the PADs, which index -1
         return torch.zeros(size, length + 1, dtype=torch.bool).scatter_(1, where % (length + 1), True)[:, :length]
 
@@ -180,7 +182,9 @@ class Pairs:
     def _single(self, where: str, word: str) -> int:
         tokens = self._tokens(word)
         if len(tokens) != 1:
-            raise ValueError(f"{where}: answer {word!r} is {len(tokens)} tokens; metrics read one token, choose another word")
+            raise ValueError(
+                f"{where}: answer {word!r} is {len(tokens)} tokens; metrics read one token, choose another word"
+            )
         return tokens[0]
 
     def _positions(self, where: str, text: str, name: str, spans: Sequence[tuple[int, int]]) -> list[int]:
@@ -199,4 +203,6 @@ def spans_of(text: str, word: str) -> list[tuple[int, int]]:
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
     width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[PAD] * (width - len(row))] for row in rows], dtype=torch.long).reshape(len(rows), width)
+    return torch.tensor([[*row, *[PAD] * (width - len(row))] for row in rows], dtype=torch.long).reshape(
+        len(rows), width
+    )

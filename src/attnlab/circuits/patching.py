@@ -6,7 +6,7 @@ breaks?), ``"denoise"`` runs the corrupt prompt and writes clean ones (what repa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -133,7 +133,9 @@ def path_patch(
     n_layers = model.spec.n_layers
     stop = max((receiver.layer for receiver in targets), default=n_layers - 1) + 1
     gap, base_metric = torch.empty(len(pairs)), torch.empty(len(pairs))
-    effect = torch.zeros(len(chosen), len(pairs))  # a sender at or above the highest receiver cannot reach it: exactly 0
+    effect = torch.zeros(
+        len(chosen), len(pairs)
+    )  # a sender at or above the highest receiver cannot reach it: exactly 0
     for batch in pairs.batches():
         with torch.no_grad():
             base, source = _both_runs(model, batch, direction)
@@ -160,7 +162,7 @@ def path_patch(
 # ---------------------------------------------------------------------------------------------------- edits
 
 
-def overwrite(value: Tensor, where: Tensor, copies: int, only: Tensor | None = None) -> object:
+def overwrite(value: Tensor, where: Tensor, copies: int, only: Tensor | None = None) -> Callable[[Tensor, int], Tensor]:
     """A change for :class:`Edit`: write ``value`` [B, T, ...] at ``where`` [B, T], in every copy.
 
     ``only`` [copies, H] narrows it to chosen heads of each copy (then ``value`` is [B, T, H, d]).
@@ -193,7 +195,7 @@ def _patch_edits(groups: Sequence[Group], source: Run, where: Tensor) -> list[Ed
     return edits
 
 
-def _overwrite_rows(value: Tensor, where: Tensor, rows: Tensor) -> object:
+def _overwrite_rows(value: Tensor, where: Tensor, rows: Tensor) -> Callable[[Tensor, int], Tensor]:
     """Write ``value`` [B, T, d] at ``where`` in the chosen copies ``rows`` [copies]."""
     copies = len(rows)
 
@@ -212,7 +214,10 @@ def _freeze_edits(
     only = torch.zeros(copies, model.spec.n_heads, dtype=torch.bool, device=where.device)
     only[torch.arange(copies), torch.tensor(heads)] = True
     edits = [Edit("z", layer, overwrite(source.acts["z", layer], where, copies, only))]
-    edits += [Edit("z", above, overwrite(base.acts["z", above], where, copies)) for above in range(layer + 1, model.spec.n_layers)]
+    edits += [
+        Edit("z", above, overwrite(base.acts["z", above], where, copies))
+        for above in range(layer + 1, model.spec.n_layers)
+    ]
     if freeze == "heads+mlps":
         for above in range(layer, model.spec.n_layers):
             edits.append(Edit("mlp_out", above, overwrite(base.acts["mlp_out", above], where, copies)))
@@ -252,7 +257,9 @@ def _group(model: HookedLM, group: str | Node | Sequence[str | Node]) -> Group:
 
 def _both_runs(model: HookedLM, batch: Batch, direction: Direction) -> tuple[Run, Run]:
     if direction not in ("noise", "denoise"):
-        raise ValueError(f"direction={direction!r} is unknown; use 'noise' (corrupt into clean) or 'denoise' (clean into corrupt)")
+        raise ValueError(
+            f"direction={direction!r} is unknown; use 'noise' (corrupt into clean) or 'denoise' (clean into corrupt)"
+        )
     runs = [model.run(tokens, capture=("resid_pre", "z", "mlp_out")) for tokens in (batch.clean, batch.corrupt)]
     return (runs[0], runs[1]) if direction == "noise" else (runs[1], runs[0])
 

@@ -70,7 +70,9 @@ class Scores:
         single = [(group[0], value) for group, value in zip(self.groups, self.values, strict=True) if len(group) == 1]
         return [node for node, _ in sorted(single, key=lambda item: (-abs(item[1]), item[0]))[:k]]
 
-    def interval(self, *nodes: str | Node, level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    def interval(
+        self, *nodes: str | Node, level: float = 0.95, draws: int = 2000, seed: int = 0
+    ) -> tuple[float, float]:
         """Bootstrap interval of a group's score over the pairs (percentile method)."""
         effect = self.effect[self._row(nodes)]
         picks = np.random.default_rng(seed).integers(len(self.gap), size=(draws, len(self.gap)))

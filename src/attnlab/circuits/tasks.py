@@ -16,10 +16,38 @@ from typing import Any, Literal
 
 from attnlab.circuits.pairs import Pair, Pairs, spans_of
 
-NAMES = (
-    "Mary John Tom James Dan Martin Amy Sarah Anna David Robert Michael Jack Alice Paul Mark "
-    "George Kate Peter Lucy Emma Laura Simon Adam Henry Jane Kevin Susan Frank Rachel"
-).split()
+NAMES = [
+    "Mary",
+    "John",
+    "Tom",
+    "James",
+    "Dan",
+    "Martin",
+    "Amy",
+    "Sarah",
+    "Anna",
+    "David",
+    "Robert",
+    "Michael",
+    "Jack",
+    "Alice",
+    "Paul",
+    "Mark",
+    "George",
+    "Kate",
+    "Peter",
+    "Lucy",
+    "Emma",
+    "Laura",
+    "Simon",
+    "Adam",
+    "Henry",
+    "Jane",
+    "Kevin",
+    "Susan",
+    "Frank",
+    "Rachel",
+]
 PLACES = ["store", "garden", "school", "park", "station", "office"]
 THINGS = ["drink", "book", "ring", "ball", "letter", "computer"]
 #: {a} and {b} in the order of the first clause, {s} the repeated subject
@@ -29,17 +57,49 @@ IOI_TEMPLATES = (
     "While {a} and {b} were working at the {place}, {s} handed a {thing} to",
 )
 
-OBJECTS = (
-    "pencil notebook pen cup plate jug mug puzzle textbook leash necklace bracelet bottle ball envelope lighter bowl"
-).split()
-COLORS = "red orange yellow green blue purple brown black".split()
+OBJECTS = [
+    "pencil",
+    "notebook",
+    "pen",
+    "cup",
+    "plate",
+    "jug",
+    "mug",
+    "puzzle",
+    "textbook",
+    "leash",
+    "necklace",
+    "bracelet",
+    "bottle",
+    "ball",
+    "envelope",
+    "lighter",
+    "bowl",
+]
+COLORS = ["red", "orange", "yellow", "green", "blue", "purple", "brown", "black"]
 SURFACES = ["table", "desk", "floor"]
 SUBJECTS = ["there is", "you see", "I see"]
 
-EVENTS = (
-    "war siege trial strike voyage plague famine campaign dynasty project exhibition expedition reign drought "
-    "negotiation occupation festival rebellion"
-).split()
+EVENTS = [
+    "war",
+    "siege",
+    "trial",
+    "strike",
+    "voyage",
+    "plague",
+    "famine",
+    "campaign",
+    "dynasty",
+    "project",
+    "exhibition",
+    "expedition",
+    "reign",
+    "drought",
+    "negotiation",
+    "occupation",
+    "festival",
+    "rebellion",
+]
 
 
 def ioi(tokenizer: Any, n: int = 24, seed: int = 0, corruption: Literal["flip", "abc"] = "flip") -> Pairs:
@@ -58,7 +118,9 @@ def ioi(tokenizer: Any, n: int = 24, seed: int = 0, corruption: Literal["flip", 
         ValueError: if ``corruption`` is neither.
     """
     if corruption not in ("flip", "abc"):
-        raise ValueError(f"corruption={corruption!r} is unknown; use 'flip' (the answer flips) or 'abc' (three new names)")
+        raise ValueError(
+            f"corruption={corruption!r} is unknown; use 'flip' (the answer flips) or 'abc' (three new names)"
+        )
     rng = random.Random(seed)
     names = _single_token_words(tokenizer, NAMES, needed=5)
     pairs = []
@@ -153,7 +215,9 @@ def greater_than(tokenizer: Any, n: int = 24, seed: int = 0, form: Literal["digi
 def _block(rng: random.Random, hues: Sequence[str], named: Sequence[str]) -> Callable[[int], str]:
     """One question block as a function of which object is asked for."""
     surface, subject = rng.choice(SURFACES), rng.choice(SUBJECTS)
-    first, second, third = (f"{'an' if hue[0] in 'aeiou' else 'a'} {hue} {thing}" for hue, thing in zip(hues, named, strict=True))
+    first, second, third = (
+        f"{'an' if hue[0] in 'aeiou' else 'a'} {hue} {thing}" for hue, thing in zip(hues, named, strict=True)
+    )
     listed = f"{first}, {second}, and {third}"
     return lambda asked: f"Q: On the {surface}, {subject} {listed}. What color is the {named[asked]}?\nA:"
 

@@ -20,7 +20,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 LONGEST = 300  # characters; a rule that does not fit is no rule that a reader can check
 DEEPEST = 20
@@ -61,7 +61,7 @@ class Rule:
     text: str
     names: frozenset[str]
     intervals: frozenset[str]
-    truth: Truth
+    truth: Truth = field(repr=False, compare=False)
 
     def __call__(self, measured: Measured) -> bool:
         """Whether the rule holds; a measurement that lacks the interval it needs raises a :class:`ClaimError`."""

@@ -94,7 +94,8 @@ def digits() -> Split:
     """1 797 handwritten digits, 8 x 8, grey levels 0 to 16; the last 360 are for testing.
 
     Origin: Optical Recognition of Handwritten Digits (Alpaydin, Kaynak 1998), test part, UCI repository, as
-    scikit-learn ships it. The order is scikit-learn's, so that the same people hardly write in both parts.
+    scikit-learn ships it (CC BY 4.0). The order is kept: neighbours are often by one hand, and shuffling would put that
+    hand on both sides.
     """
     from sklearn.datasets import load_digits
 

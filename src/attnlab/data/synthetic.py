@@ -20,7 +20,7 @@ def mqar(rng: np.random.Generator, batch: int, pairs: int, length: int, vocab: i
 
     ``k1 v1 k2 v2 ... . . k2 . k1 .`` where ``.`` is the filler, token 0. The target at a query is the value that the
     key came with; guessing among the values is right once in ``vocab // 2`` times. The task measures how many pairs a
-    model's state can hold (Arora et al. 2023, "Zoology", arXiv:2312.04927, section 3).
+    model's state can hold (after Arora et al. 2023, "Zoology", arXiv:2312.04927).
 
     Args:
         rng: draws keys, values and places.

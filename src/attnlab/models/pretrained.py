@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
 
 from attnlab.models import smollm2
 from attnlab.models.booting import boot, quiet
@@ -54,8 +53,9 @@ def load(
         raise ValueError(f"dtype must be a floating dtype such as torch.float32, got {dtype}")
     if name == smollm2.NAME:
         with quiet():
-            weights, words = smollm2.load_model()
-            bridge = boot(name, nn.Module.to(weights, device, dtype), words)
+            model: Any
+            model, tokenizer = smollm2.load_model(dtype)
+            bridge = boot(name, model.to(device), tokenizer)
         bridge.cfg.default_prepend_bos = False
         return bridge
     _require_plausible(name)

