@@ -185,31 +185,52 @@ def report() -> dict:
 SETUP = f"from attnlab import lab; chapter = lab.setup({SLUG!r})"
 
 
+@pytest.fixture
+def wall(monkeypatch):
+    """The wall clock, in our hands: ``wall(s)`` sets it, also from within a cell."""
+    now = 0.0
+
+    def set_to(seconds: float) -> None:
+        nonlocal now
+        now = seconds
+
+    monkeypatch.setattr("attnlab.lab.time.perf_counter", lambda: now)
+    return set_to
+
+
 class TestClock:
-    def test_every_cell_rewrites_the_report(self, notebook, capsys):
+    def test_every_cell_rewrites_the_report(self, notebook, wall, capsys):
         notebook.run_cell(SETUP)
         first = report()
-        notebook.run_cell("import time; time.sleep(0.3)")
+        notebook.push({"wall": wall})
+        notebook.run_cell("wall(12.5)")
         assert set(first) == {"slug", "seconds", "cpu_seconds", "peak_memory_mb"}
-        assert report()["slug"] == SLUG
-        assert 0.3 <= report()["seconds"] - first["seconds"] < 2
-        assert report()["cpu_seconds"] - first["cpu_seconds"] < 0.3
+        assert (first["slug"], first["seconds"], report()["seconds"]) == (SLUG, 0, 12.5)
         assert 10 < report()["peak_memory_mb"] < 100_000
         assert SLUG not in capsys.readouterr().out  # the value of the cell shows it, nothing is printed as well
 
-    def test_pauses_between_cells_do_not_count(self, notebook, monkeypatch):
-        now = 0.0
-        monkeypatch.setattr("attnlab.lab.time.perf_counter", lambda: now)
+    def test_waiting_costs_no_cpu_seconds_and_computing_does(self, notebook):
         notebook.run_cell(SETUP)
-        now = 1000.0
+        before = report()["cpu_seconds"]
+        notebook.run_cell("import time; end = time.process_time() + 0.2\nwhile time.process_time() < end: pass")
+        after = report()["cpu_seconds"]
+        notebook.run_cell("time.sleep(0.5)")
+        assert after - before >= 0.19
+        assert report()["cpu_seconds"] - after < 0.4
+
+    def test_pauses_between_cells_do_not_count(self, notebook, wall):
+        notebook.run_cell(SETUP)
+        wall(1000.0)
         notebook.run_cell("1 + 1")
         assert report()["seconds"] == 0
 
-    def test_setting_up_twice_starts_again_and_registers_once(self, notebook):
+    def test_setting_up_twice_starts_again_and_registers_once(self, notebook, wall):
+        notebook.push({"wall": wall})
         notebook.run_cell(SETUP)
-        notebook.run_cell("import time; time.sleep(0.3)")
+        notebook.run_cell("wall(10)")
+        assert report()["seconds"] == 10
         notebook.run_cell(SETUP)
-        assert report()["seconds"] < 0.3
+        assert report()["seconds"] == 0
         assert notebook.events.callbacks["post_run_cell"].count(lab._after_cell) == 1
 
     def test_a_failing_cell_counts_too(self, notebook, capsys):

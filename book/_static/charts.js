@@ -3,7 +3,8 @@
 (() => {
   "use strict";
 
-  const PLOT_MARGIN = 110; // axis labels and padding beside a plot of a composed chart, in pixels
+  const PHONE = 520; // a box narrower than this puts legends below its plots
+  const PLOT_MARGIN = 100; // axis labels and padding beside a plot of a composed chart, in pixels
   const DEFAULT_WIDTH = 420; // of a plot that names none; the theme says the same
   const views = (window.attnlabViews = window.attnlabViews || {});
 
@@ -16,25 +17,53 @@
     return (typeof spec.width === "number" ? spec.width : DEFAULT_WIDTH) + PLOT_MARGIN;
   };
 
-  // A single plot takes the width of its box. Plots side by side go below each other where they do not fit, and a plot
-  // wider than the box shrinks to it. Facets keep their size: their box scrolls.
-  const fit = (spec, width) => {
-    if (!isComposed(spec)) {
-      const facetted = spec.encoding && ["row", "column", "facet"].some((key) => key in spec.encoding);
-      const stepped = spec.width && typeof spec.width === "object";
-      return facetted || stepped ? spec : { ...spec, width: "container" };
+  // Breaks a title, and its subtitle, into lines that fit: Vega cuts off what is too long.
+  const lines = (text, width, letter) => {
+    const most = Math.max(Math.floor(width / letter), 12);
+    const broken = [];
+    for (const word of text.split(" ")) {
+      const last = broken[broken.length - 1];
+      if (last !== undefined && last.length + 1 + word.length <= most) broken[broken.length - 1] = `${last} ${word}`;
+      else broken.push(word);
     }
-    return narrow(spec, width);
+    return broken;
+  };
+
+  const withTitle = (spec, width) => {
+    if (!spec.title) return spec;
+    const title = typeof spec.title === "string" ? { text: spec.title } : { ...spec.title };
+    if (typeof title.text === "string") title.text = lines(title.text, width, 8.6);
+    if (typeof title.subtitle === "string") title.subtitle = lines(title.subtitle, width, 7);
+    return { ...spec, title };
+  };
+
+  // A single plot takes the width of its box. Plots side by side go below each other where they do not fit, and a plot
+  // wider than the box shrinks to it; on a phone legends go below. Facets keep their size: their box scrolls.
+  const fit = (spec, width) => {
+    if (width < PHONE) {
+      const legend = { orient: "bottom", columns: 2, ...(spec.config && spec.config.legend) };
+      spec = { ...spec, config: { ...spec.config, legend } };
+    }
+    if (isComposed(spec)) return narrow(spec, width);
+    const facetted = spec.encoding && ["row", "column", "facet"].some((key) => key in spec.encoding);
+    const stepped = spec.width && typeof spec.width === "object";
+    return facetted || stepped ? spec : { ...withTitle(spec, width - 24), width: "container" };
   };
 
   const narrow = (spec, width) => {
-    if (widthOf(spec) <= width) return spec;
-    const { hconcat, ...rest } = spec;
-    if (hconcat) return { ...rest, vconcat: hconcat.map((child) => narrow(child, width)) };
-    if (spec.vconcat) return { ...spec, vconcat: spec.vconcat.map((child) => narrow(child, width)) };
-    if (spec.concat) return { ...spec, columns: 1, concat: spec.concat.map((child) => narrow(child, width)) };
-    if (spec.facet || spec.repeat || typeof spec.width === "object") return spec;
-    return { ...spec, width: Math.max(width - PLOT_MARGIN, 160) };
+    const inside = (children) => children.map((child) => narrow(child, width));
+    if (spec.hconcat && widthOf(spec) > width) {
+      const { hconcat, ...rest } = spec;
+      return { ...withTitle(rest, width), vconcat: inside(hconcat) };
+    }
+    if (spec.hconcat) return { ...spec, hconcat: spec.hconcat.map((child) => narrow(child, widthOf(child))) };
+    if (spec.vconcat) return { ...withTitle(spec, width), vconcat: inside(spec.vconcat) };
+    if (spec.concat && widthOf(spec) * (spec.columns || spec.concat.length) > width) {
+      return { ...withTitle(spec, width), columns: 1, concat: inside(spec.concat) };
+    }
+    if (spec.concat || spec.facet || spec.repeat || typeof spec.width === "object") return spec;
+    const own = Math.min(widthOf(spec), width);
+    return { ...withTitle(spec, own - 24), width: Math.max(own - PLOT_MARGIN, 160) };
   };
 
   const fail = (box, error) => {
@@ -90,22 +119,17 @@
         return queue;
       };
       await update();
-      // Also fires when a closed <details> or another tab opens, and when a phone is turned.
+      // Also fires when a closed <details> opens, when a sidebar goes and when a phone is turned.
+      let width = box.clientWidth;
       new ResizeObserver(() => {
-        if (!current && box.clientWidth === 0) return;
+        if (box.clientWidth === width) return;
+        width = box.clientWidth;
+        window.dispatchEvent(new Event("resize")); // the one thing that a drawn plot listens to
         update().catch((error) => fail(box, error));
-        // Vega follows the window only; a box also changes when a sidebar opens.
-        window.clearTimeout(box.attnlabTimer);
-        box.attnlabTimer = window.setTimeout(() => views[box.id] && views[box.id].container() && resize(box), 80);
       }).observe(box);
     } catch (error) {
       fail(box, error);
     }
-  };
-
-  const resize = (box) => {
-    const view = views[box.id];
-    if (Math.abs(view.width() - box.clientWidth) > 1) window.dispatchEvent(new Event("resize"));
   };
 
   // Two charts with one id would hide each other: the second takes a number.

@@ -108,7 +108,7 @@ def map_chart(book: dict[str, papers.Paper], ready: set[str]) -> alt.LayerChart:
     ).encode(
         # A phone has room for the short name only.
         text=alt.Text(value=alt.ExprRef("width < 520 ? datum.short : datum.headline")),
-        opacity=alt.condition(alive, alt.value(1), alt.value(0.55)),
+        opacity=alt.condition(alive, alt.value(1), alt.value(0.75)),
     )
     titles = (
         alt.Chart(alt.Data(values=headings))

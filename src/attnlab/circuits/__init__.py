@@ -4,7 +4,7 @@ Start with ``model = HookedLM(pretrained.load("smollm2-135m-instruct"))``, make 
 score heads with :func:`activation_patch`, :func:`path_patch` or :func:`attribution_patch`.
 """
 
-from attnlab.circuits.attribution import attention_to, attribution_patch, direct_logit_attribution
+from attnlab.circuits.attribution import attention_rows, attention_to, attribution_patch, direct_logit_attribution
 from attnlab.circuits.interventions import force_pattern, uniform_over
 from attnlab.circuits.metrics import (
     Metric,
@@ -39,6 +39,7 @@ __all__ = [
     "Spec",
     "accuracy",
     "activation_patch",
+    "attention_rows",
     "attention_to",
     "attribution_patch",
     "chance",

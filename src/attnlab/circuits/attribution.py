@@ -132,3 +132,22 @@ def attention_to(
                 for name in to:
                     result[node][name][batch.index.numpy()] = (pattern.cpu() * batch.mask(name)).sum(1).numpy()
     return result
+
+
+def attention_rows(model: HookedLM, pairs: Pairs, heads: Iterable[str | Node]) -> dict[Node, list[np.ndarray]]:
+    """Attention from END to every token of the clean prompt, for each head one array ``[T]`` a pair.
+
+    Raises:
+        ValueError: for an unknown head.
+    """
+    chosen = [model.spec.check(head) for head in heads]
+    rows: dict[Node, list[np.ndarray]] = {node: [np.empty(0)] * len(pairs) for node in chosen}
+    with torch.no_grad():
+        for batch in pairs.batches():
+            run = model.run(batch.clean, capture=("pattern",))
+            for node in chosen:
+                for number, row in zip(
+                    batch.index.tolist(), run.acts["pattern", node.layer][:, node.head, -1], strict=True
+                ):
+                    rows[node][number] = row.cpu().numpy()
+    return rows

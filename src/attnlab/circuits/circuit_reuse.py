@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import torch
 
 from attnlab.circuits import tasks
 from attnlab.circuits.attribution import attention_to, attribution_patch, direct_logit_attribution
 from attnlab.circuits.interventions import force_pattern, uniform_over
 from attnlab.circuits.metrics import accuracy, choice_accuracy, log_odds
-from attnlab.circuits.model import HookedLM, Node
-from attnlab.circuits.pairs import Pairs
+from attnlab.circuits.model import HookedLM, Node, Run
+from attnlab.circuits.pairs import Batch, Pairs
 from attnlab.circuits.scores import Scores
+from attnlab.claims import bootstrap_mean
 
 #: the heads of the paper, GPT-2 Medium
 GPT2_MEDIUM_HEADS = {
@@ -61,6 +63,35 @@ def three_tasks(
 def attribution_maps(model: HookedLM, data: dict[str, Pairs]) -> dict[str, Scores]:
     """One map of all heads a task, all in logits (:func:`~attnlab.circuits.metrics.log_odds`)."""
     return {name: attribution_patch(model, pairs, metric=log_odds) for name, pairs in data.items()}
+
+
+def naive_end_patch(model: HookedLM, pairs: Pairs, heads: Sequence[str | Node]) -> np.ndarray:
+    """Exact END patching the plain way, one hook on one whole forward pass a head, ``[G, N]`` changes of the logit difference.
+
+    This is what the restarted :func:`~attnlab.circuits.patching.activation_patch` must equal.
+    """
+    effect = np.empty((len(heads), len(pairs)))
+    with torch.no_grad():
+        for batch in pairs.batches():
+
+            def logit_difference(logits: torch.Tensor, batch: Batch = batch) -> torch.Tensor:
+                end = logits[:, -1].cpu()
+                return (end.gather(1, batch.answers[:, :1]) - end.gather(1, batch.foils[:, :1]))[:, 0]
+
+            clean = logit_difference(model.bridge(batch.clean))
+            corrupt = model.run(batch.corrupt, capture=("z",))
+            for row, node in enumerate(map(Node.parse, heads)):
+
+                def swap(z: torch.Tensor, hook: Any, node: Node = node, corrupt: Run = corrupt) -> torch.Tensor:
+                    z = z.clone()
+                    z[:, -1, node.head] = corrupt.acts["z", node.layer][:, -1, node.head]
+                    return z
+
+                patched = model.bridge.run_with_hooks(
+                    batch.clean, fwd_hooks=[(f"blocks.{node.layer}.attn.hook_z", swap)]
+                )
+                effect[row, batch.index.numpy()] = (logit_difference(patched) - clean).numpy()
+    return effect
 
 
 def head_roles(model: HookedLM, pairs: Pairs, exact: Scores, heads: Sequence[str | Node]) -> pd.DataFrame:
@@ -108,16 +139,21 @@ class Repair:
     choice: np.ndarray  # [G, N] 1 where the right colour beats the two others
     open: np.ndarray  # [G, N] 1 where the right colour beats the whole vocabulary
 
-    def gain(self, row: int, draws: int = 2000, seed: int = 0) -> tuple[float, tuple[float, float]]:
-        """Gain in three-way accuracy over row 0 (untouched), in points, with its 95% bootstrap interval over prompts."""
-        change = 100 * (self.choice[row] - self.choice[0])
-        picks = np.random.default_rng(seed).integers(len(change), size=(draws, len(change)))
-        low, high = np.quantile(change[picks].mean(1), [0.025, 0.975])
-        return float(change.mean()), (float(low), float(high))
+    def gain(self, row: int, over: Literal["options", "vocabulary"] = "options") -> tuple[float, tuple[float, float]]:
+        """Gain in accuracy over row 0 (untouched), in points, with its 95% bootstrap interval over prompts."""
+        correct = self._correct(over)
+        change = 100 * (correct[row] - correct[0])
+        return float(change.mean()), bootstrap_mean(change)
 
-    def gains(self, rows: Sequence[int]) -> np.ndarray:
+    def gains(self, rows: Sequence[int], over: Literal["options", "vocabulary"] = "options") -> np.ndarray:
         """Gains of several rows in points."""
-        return 100 * (self.choice[list(rows)].mean(1) - self.choice[0].mean())
+        correct = self._correct(over)
+        return 100 * (correct[list(rows)].mean(1) - correct[0].mean())
+
+    def _correct(self, over: str) -> np.ndarray:
+        if over not in ("options", "vocabulary"):
+            raise ValueError(f"over={over!r} is unknown; use 'options' (the three colours) or 'vocabulary'")
+        return self.choice if over == "options" else self.open
 
 
 def repair(

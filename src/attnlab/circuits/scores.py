@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from attnlab.circuits.model import Node, Spec
+from attnlab.claims import bootstrap
 
 Group = tuple[Node, ...]
 
@@ -74,11 +75,8 @@ class Scores:
         self, *nodes: str | Node, level: float = 0.95, draws: int = 2000, seed: int = 0
     ) -> tuple[float, float]:
         """Bootstrap interval of a group's score over the pairs (percentile method)."""
-        effect = self.effect[self._row(nodes)]
-        picks = np.random.default_rng(seed).integers(len(self.gap), size=(draws, len(self.gap)))
-        ratios = effect[picks].mean(1) / self.gap[picks].mean(1)
-        low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
-        return float(low), float(high)
+        effect, gap = self.effect[self._row(nodes)], self.gap
+        return bootstrap(len(gap), lambda picks: effect[picks].mean(1) / gap[picks].mean(1), level=level, seed=seed)
 
     def frame(self) -> pd.DataFrame:
         """One row a group: ``node``, ``score`` and, for single heads, ``layer`` and ``head``."""

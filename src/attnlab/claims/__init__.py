@@ -6,6 +6,7 @@ from the rows this records.
 
 from attnlab.claims.card import Card, format_measurement, format_number
 from attnlab.claims.declaration import Claim, Verdict, declared, get, load
+from attnlab.claims.intervals import bootstrap, bootstrap_mean
 from attnlab.claims.ledger import Row, audit, check, measure, rows
 from attnlab.claims.rules import ClaimError, Measurement
 
@@ -17,6 +18,8 @@ __all__ = [
     "Row",
     "Verdict",
     "audit",
+    "bootstrap",
+    "bootstrap_mean",
     "check",
     "declared",
     "format_measurement",

@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 from scipy.stats import binom, hypergeom
 
-from attnlab.circuits import HookedLM, Node, Scores, Spec, activation_patch, choice_accuracy, force_pattern, uniform_over
+from attnlab.circuits import (
+    HookedLM,
+    Node,
+    Scores,
+    Spec,
+    activation_patch,
+    choice_accuracy,
+    force_pattern,
+    uniform_over,
+)
 from attnlab.circuits.circuit_reuse import SMOLLM2_S2_HEADS
 from attnlab.circuits.tasks import colored_objects, ioi
 from attnlab.exercises.core import Exercise, Feedback, accept, reject

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import altair as alt
+import ipywidgets
 import numpy as np
 import pandas as pd
 
 from attnlab.circuits.circuit_reuse import Repair
 from attnlab.circuits.model import Node
+from attnlab.circuits.pairs import Pairs
 from attnlab.circuits.scores import Scores
 from attnlab.figures.palette import BOTH, CONTROL, NEGATIVE, OURS, PAPER, SOFTMAX
+from attnlab.figures.twin import Twin, twin
 
 FIRST, SECOND, CONTROL_TASK = "IOI", "Colored Objects", "Greater-than"
 STATES = ["both tasks", "IOI only", "other only", "neither"]
@@ -82,7 +86,7 @@ def reuse_map(heads: pd.DataFrame, attention: pd.DataFrame, k: int = 27, picked:
         legend=alt.Legend(title=None, orient="top", columns=2),
     )
 
-    def heat(which: str, title: str, axis: bool) -> alt.LayerChart:
+    def heat(which: str, title: str, axis: bool) -> Any:
         here = ["both tasks", which]
         lit = " || ".join(f"datum.state == '{state}'" for state in here)
         cells = table.mark_rect(stroke=None, cornerRadius=2).encode(
@@ -109,7 +113,7 @@ def reuse_map(heads: pd.DataFrame, attention: pd.DataFrame, k: int = 27, picked:
                 "pick.head && indexof(pick.head, datum.head) >= 0 || hover.head && indexof(hover.head, datum.head) >= 0"
             )
         )
-        layers: alt.LayerChart = alt.layer(cells.add_params(pick, hover), frame)
+        layers: Any = alt.layer(cells.add_params(pick, hover), frame)
         return layers.properties(width=alt.Step(14), height=alt.Step(11), title=title)
 
     maps = alt.hconcat(
@@ -221,7 +225,7 @@ def repair_chart(outcome: Repair, named: Mapping[str, str], random: Sequence[int
     return (chance + spans + points + strips).properties(width=200, height=30 * len(order))
 
 
-def attention_row(words: Sequence[str], weights: np.ndarray, title: str) -> alt.Chart:
+def attention_row(words: Sequence[str], weights: np.ndarray, title: str | list[str]) -> alt.Chart:
     """Attention from the last token to every token of one prompt."""
     table = pd.DataFrame(
         {"token": [f"{i} {word!r}" for i, word in enumerate(words)], "attention": np.round(weights, 4)}
@@ -240,4 +244,27 @@ def attention_row(words: Sequence[str], weights: np.ndarray, title: str) -> alt.
             tooltip=["token:N", alt.Tooltip("attention:Q", format=".3f")],
         )
         .properties(width=190, height=17 * len(words), title=title)
+    )
+
+
+def prompt_explorer(pairs: Pairs, rows: Mapping[Node, Sequence[np.ndarray]], scores: Scores, k: int = 27) -> Twin:
+    """Widgets to choose a prompt, a head and the threshold; shows where the head looks, its score and its rank.
+
+    ``rows`` is what :func:`attnlab.circuits.attention_rows` returns for ``pairs``.
+    """
+    ranked = [str(node) for node in scores.top(len(scores.groups))]
+
+    def look(prompt: int, head: str, top: int) -> alt.Chart:
+        rank = ranked.index(head) + 1
+        inside = "in" if rank <= top else "not in"
+        title = [f"head {head}, score {scores.of(head):+.3f}", f"rank {rank}, {inside} the top {top}"]
+        return attention_row(pairs.words(prompt), rows[Node.parse(head)][prompt], title).properties(
+            description=f"Attention of head {head} from the last token to each token of the prompt {pairs.pairs[prompt].clean!r}."
+        )
+
+    return twin(
+        look,
+        prompt=ipywidgets.IntSlider(value=0, min=0, max=len(pairs) - 1, description="prompt"),
+        head=ipywidgets.Dropdown(options=[str(node) for node in rows], description="head"),
+        top=ipywidgets.IntSlider(value=k, min=1, max=54, description="threshold"),
     )

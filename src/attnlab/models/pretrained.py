@@ -52,8 +52,8 @@ def load(
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating dtype such as torch.float32, got {dtype}")
     if name == smollm2.NAME:
+        model: Any
         with quiet():
-            model: Any
             model, tokenizer = smollm2.load_model(dtype)
             bridge = boot(name, model.to(device), tokenizer)
         bridge.cfg.default_prepend_bos = False
