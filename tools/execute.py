@@ -12,7 +12,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 from tools.chapters import BUILD, OUT, ROOT, Chapter, all_chapters
 
@@ -55,52 +57,53 @@ def pick(names: list[str]) -> list[Chapter]:
 
 
 def execute(chapters: list[Chapter]) -> int:
-    """Run the chapters under nbmake; a chapter that succeeds gets its key, one that fails or is killed has none."""
+    """Run the chapters under nbmake in a scratch folder; only one that succeeds is kept and gets a key.
+
+    nbmake skips everything below a folder named ``_build``, and a run that is killed must leave nothing half done.
+    """
     for chapter in chapters:
         chapter.key_file.unlink(missing_ok=True)
-        for old in OUT.glob(f"claims/{chapter.slug}--*.json"):
-            old.unlink()
-        (OUT / f"{chapter.slug}.run.json").unlink(missing_ok=True)
-        chapter.executed.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(chapter.path, chapter.executed)
+        for old in [*OUT.glob(f"claims/{chapter.slug}--*.json"), OUT / f"{chapter.slug}.run.json"]:
+            old.unlink(missing_ok=True)
     workers = min(2, len(chapters))
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    environment = os.environ | {
+    with tempfile.TemporaryDirectory(prefix="attnlab-") as scratch:
+        copies = {chapter: Path(scratch) / f"{chapter.name}.ipynb" for chapter in chapters}
+        for chapter, copy in copies.items():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(chapter.path, copy)
+        command = [sys.executable, "-m", "pytest", "--nbmake", "--overwrite", f"--nbmake-timeout={CELL_LIMIT_S}"]
+        command += [f"--timeout={CHAPTER_LIMIT_S}", "-p", "tools.progress", "--rootdir", scratch, "-c", os.devnull]
+        command += ["-q", "--no-header"] + (["-n", str(workers)] if workers > 1 else [])
+        command += [str(copy) for copy in copies.values()]
+        code = subprocess.run(command, cwd=scratch, env=os.environ | settings(workers)).returncode
+        outcomes = Path(scratch) / "chapters.json"
+        results = json.loads(outcomes.read_text()) if outcomes.exists() else {}
+        for chapter, copy in copies.items():
+            chapter.executed.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(copy, chapter.executed)  # a failed one too: its traceback is the thing to read
+            if results.get(str(copy)) != "passed":
+                continue
+            if complaint := noise(chapter):
+                print(f"FAILED {chapter.name}: {complaint}")
+                code = code or 1
+            else:
+                chapter.key_file.write_text(chapter.key)
+    return code
+
+
+def settings(workers: int) -> dict[str, str]:
+    """Environment of the kernels: static figures, no progress bars, no network, an even share of the cores."""
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    return {
         "ATTNLAB_BOOK": "1",
         "ATTNLAB_OUT": str(OUT),
-        "ATTNLAB_THREADS": str(threads),
-        "OMP_NUM_THREADS": str(threads),
+        "ATTNLAB_THREADS": threads,
+        "OMP_NUM_THREADS": threads,
         "TQDM_DISABLE": "1",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(ROOT),  # for the plugin tools.progress; kernels import the installed package
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-        "JUPYTER_PLATFORM_DIRS": "1",
     }
-    command = [sys.executable, "-m", "pytest", "--nbmake", "--overwrite", f"--nbmake-timeout={CELL_LIMIT_S}"]
-    command += [
-        f"--timeout={CHAPTER_LIMIT_S}",
-        "-p",
-        "tools.progress",
-        "-W",
-        "default",
-        "--rootdir",
-        str(BUILD),
-        "-c",
-        os.devnull,
-    ]
-    command += ["-q", "--no-header"] + (["-n", str(workers)] if workers > 1 else [])
-    code = subprocess.run(
-        [*command, *(str(chapter.executed) for chapter in chapters)], cwd=BUILD, env=environment
-    ).returncode
-    results = json.loads((BUILD / "chapters.json").read_text()) if (BUILD / "chapters.json").exists() else {}
-    for chapter in chapters:
-        result = results.get(str(chapter.executed), {})
-        if result.get("outcome") == "passed" and not (complaint := noise(chapter)):
-            chapter.key_file.write_text(chapter.key)
-        elif result.get("outcome") == "passed":
-            print(f"FAILED {chapter.name}: {complaint}")
-            code = code or 1
-    return code
 
 
 def noise(chapter: Chapter) -> str:

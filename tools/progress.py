@@ -1,4 +1,4 @@
-"""A pytest plugin that tells how far the chapters are and keeps their outcomes in ``_build/chapters.json``."""
+"""A pytest plugin that tells how far the chapters are and leaves their outcomes in ``chapters.json`` of the working folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Progress:
         self.started = time.monotonic()
         self.running: list[str] = []
         self.total = 0
-        self.results: dict[str, dict[str, Any]] = {}
+        self.results: dict[str, str] = {}
         self.over = threading.Event()
         self.beat = threading.Thread(target=self._beat, daemon=True)
 
@@ -39,7 +39,7 @@ class Progress:
         if report.when != "call" and report.passed:
             return
         path = str((Path.cwd() / report.nodeid.split("::")[0]).resolve())
-        self.results[path] = {"outcome": report.outcome, "seconds": round(report.duration, 1)}
+        self.results[path] = report.outcome
         if report.nodeid in self.running:
             self.running.remove(report.nodeid)
         self._say(f"{_name(report.nodeid)} {report.outcome} in {report.duration:.0f} s")

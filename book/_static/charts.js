@@ -10,13 +10,6 @@
 
   const isComposed = (spec) => ["hconcat", "vconcat", "concat", "facet", "repeat"].some((key) => key in spec);
 
-  const widthOf = (spec) => {
-    if (spec.hconcat) return spec.hconcat.reduce((sum, child) => sum + widthOf(child), 0);
-    const stack = spec.vconcat || spec.concat;
-    if (stack) return Math.max(...stack.map(widthOf));
-    return (typeof spec.width === "number" ? spec.width : DEFAULT_WIDTH) + PLOT_MARGIN;
-  };
-
   // Breaks a title, and its subtitle, into lines that fit: Vega cuts off what is too long.
   const lines = (text, width, letter) => {
     const most = Math.max(Math.floor(width / letter), 12);
@@ -37,14 +30,15 @@
     return { ...spec, title };
   };
 
-  // A single plot takes the width of its box. Plots side by side go below each other where they do not fit, and a plot
-  // wider than the box shrinks to it; on a phone legends go below. Facets keep their size: their box scrolls.
-  const fit = (spec, width) => {
+  // A single plot takes the width of its box. A composed chart that was drawn wider than the box (`natural`) puts plots
+  // below each other and shrinks those that are too wide; on a phone legends go below. Facets keep their size: their
+  // box scrolls.
+  const fit = (spec, width, natural) => {
     if (width < PHONE) {
       const legend = { orient: "bottom", columns: 2, ...(spec.config && spec.config.legend) };
       spec = { ...spec, config: { ...spec.config, legend } };
     }
-    if (isComposed(spec)) return narrow(spec, width);
+    if (isComposed(spec)) return natural > width ? narrow(spec, width) : spec;
     const facetted = spec.encoding && ["row", "column", "facet"].some((key) => key in spec.encoding);
     const stepped = spec.width && typeof spec.width === "object";
     return facetted || stepped ? spec : { ...withTitle(spec, width - 24), width: "container" };
@@ -52,18 +46,15 @@
 
   const narrow = (spec, width) => {
     const inside = (children) => children.map((child) => narrow(child, width));
-    if (spec.hconcat && widthOf(spec) > width) {
+    if (spec.hconcat) {
       const { hconcat, ...rest } = spec;
       return { ...withTitle(rest, width), vconcat: inside(hconcat) };
     }
-    if (spec.hconcat) return { ...spec, hconcat: spec.hconcat.map((child) => narrow(child, widthOf(child))) };
     if (spec.vconcat) return { ...withTitle(spec, width), vconcat: inside(spec.vconcat) };
-    if (spec.concat && widthOf(spec) * (spec.columns || spec.concat.length) > width) {
-      return { ...withTitle(spec, width), columns: 1, concat: inside(spec.concat) };
-    }
-    if (spec.concat || spec.facet || spec.repeat || typeof spec.width === "object") return spec;
-    const own = Math.min(widthOf(spec), width);
-    return { ...withTitle(spec, own - 24), width: Math.max(own - PLOT_MARGIN, 160) };
+    if (spec.concat) return { ...withTitle(spec, width), columns: 1, concat: inside(spec.concat) };
+    if (spec.facet || spec.repeat || typeof spec.width === "object") return spec;
+    const own = typeof spec.width === "number" ? spec.width : DEFAULT_WIDTH;
+    return { ...withTitle(spec, width - 24), width: Math.min(own, Math.max(width - PLOT_MARGIN, 160)) };
   };
 
   const fail = (box, error) => {
@@ -88,7 +79,7 @@
     }
   };
 
-  const draw = async (box, spec, layout) => {
+  const draw = async (box, layout) => {
     const result = await vegaEmbed(box, layout, { actions: false, renderer: "svg", mode: "vega-lite", tooltip: true });
     views[box.id] = result.view;
     // The drawing is an image with one text. Vega labels the box too, which would be read out twice.
@@ -103,21 +94,24 @@
   const start = async (box) => {
     let result = null;
     let current = "";
+    let natural = 0; // width of a composed chart as its author arranged it; known once it was drawn
     let queue = Promise.resolve();
+    const redraw = async (spec) => {
+      const layout = fit(spec, box.clientWidth, natural);
+      const text = JSON.stringify(layout);
+      if (text === current || box.clientWidth === 0) return;
+      current = text;
+      if (result) result.finalize();
+      result = await draw(box, layout);
+      if (natural === 0 && isComposed(spec)) {
+        natural = Number(box.querySelector("svg").getAttribute("width"));
+        await redraw(spec);
+      }
+      box.dataset.state = "drawn";
+    };
     try {
       const spec = JSON.parse(box.parentElement.querySelector('script[type="application/json"]').textContent);
-      const update = () => {
-        const layout = fit(spec, box.clientWidth);
-        const text = JSON.stringify(layout);
-        if (text === current || box.clientWidth === 0) return queue;
-        current = text;
-        queue = queue.then(async () => {
-          if (result) result.finalize();
-          result = await draw(box, spec, layout);
-          box.dataset.state = "drawn";
-        });
-        return queue;
-      };
+      const update = () => (queue = queue.then(() => redraw(spec)));
       await update();
       // Also fires when a closed <details> opens, when a sidebar goes and when a phone is turned.
       let width = box.clientWidth;

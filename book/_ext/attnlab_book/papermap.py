@@ -41,12 +41,11 @@ class PaperMap(HtmlDirective):
         ready = written(self.env)
         figures.enable()
         chart = described(map_chart(papers.all(), ready), alt=ALT, caption=CAPTION, name="paper-map")
-        first = next((slug for slug in papers.all() if slug in ready), next(iter(papers.all())))
         items = "".join(
             f'<li id="paper-map-{escape(slug)}">{self._entry(paper)}</li>' for slug, paper in papers.all().items()
         )
         return (
-            f'<div class="attnlab-map" data-first="{escape(first)}">{figures.figure_html(chart.to_dict())}'
+            f'<div class="attnlab-map">{figures.figure_html(chart.to_dict())}'
             '<div class="attnlab-detail" data-chart="paper-map" data-param="paper" data-field="slug" '
             'aria-live="polite"></div>'
             f"<details><summary>The map as a list</summary><ul>{items}</ul></details></div>"
@@ -63,7 +62,7 @@ class PaperMap(HtmlDirective):
         )
 
 
-def map_chart(book: dict[str, papers.Paper], ready: set[str]) -> alt.LayerChart:
+def map_chart(book: dict[str, papers.Paper], ready: set[str]) -> alt.TopLevelMixin:
     """Return the map of ``book``; papers in ``ready`` are filled points."""
     points, headings = _layout(book)
     near = neighbours(book)
@@ -84,14 +83,14 @@ def map_chart(book: dict[str, papers.Paper], ready: set[str]) -> alt.LayerChart:
     alive = f"{picked} === null || datum.slug === {picked} || indexof(datum.near, {picked}) >= 0"
     arcs = (
         alt.Chart(alt.Data(values=_arcs(book, points)))
-        .mark_line(interpolate="monotone", tooltip=False)
+        .mark_line(interpolate="cardinal", tooltip=False)
         .encode(
             x,
             y,
             alt.Order("step:Q"),
             alt.Detail("edge:N"),
             color=colour,
-            opacity=alt.condition(touches, alt.value(0.95), alt.value(0.14)),
+            opacity=alt.condition(touches, alt.value(0.95), alt.value(0.25)),
             strokeWidth=alt.condition(touches, alt.value(2.2), alt.value(1)),
         )
     )
@@ -113,7 +112,7 @@ def map_chart(book: dict[str, papers.Paper], ready: set[str]) -> alt.LayerChart:
     titles = (
         alt.Chart(alt.Data(values=headings))
         .mark_text(align="left", baseline="middle", fontSize=13, fontWeight="bold")
-        .encode(x, y, text="part:N", color=colour)
+        .encode(x, y, text="part:N")
     )
     layers = alt.layer(arcs, titles, dots, names.add_params(pick))
     return layers.properties(width="container", height=height, title="Which paper talks to which?")

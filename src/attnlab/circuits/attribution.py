@@ -35,8 +35,8 @@ def attribution_patch(
         ValueError: for an unknown position, or pairs whose metric does not differ.
     """
     heads = [(node,) for node in model.spec.heads]
-    gap, base_metric = torch.empty(len(pairs)), torch.empty(len(pairs))
-    effect = torch.empty(len(heads), len(pairs))
+    gap, base_metric = torch.empty(2, len(pairs), dtype=torch.float64)
+    effect = torch.empty(len(heads), len(pairs), dtype=torch.float64)
     for batch in pairs.batches(size=16):  # activations of every layer stay alive until the backward
         base_tokens, source_tokens = (
             (batch.clean, batch.corrupt) if direction == "noise" else (batch.corrupt, batch.clean)

@@ -48,7 +48,7 @@ class Node(NamedTuple):
             return cls(*text)
         if text == "input":
             return INPUT
-        if match := re.fullmatch(r"(?:[LaA]?)(\d+)[.]?(?:[Hh]|\.)?(\d+)", text) if re.search(r"[.Hh]", text) else None:
+        if match := re.fullmatch(r"[LaA]?(\d+)(?:\.|\.?[Hh])(\d+)", text):
             return cls(int(match[1]), int(match[2]))
         if match := re.fullmatch(r"m(\d+)", text):
             return cls(int(match[1]), None)

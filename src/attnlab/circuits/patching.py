@@ -49,8 +49,8 @@ def activation_patch(
         ValueError: for a node the model does not have, an unknown position, or pairs whose metric does not differ.
     """
     chosen = [_group(model, group) for group in (model.spec.heads if groups is None else groups)]
-    gap, base_metric = torch.empty(len(pairs)), torch.empty(len(pairs))
-    effect = torch.empty(len(chosen), len(pairs))
+    gap, base_metric = torch.empty(2, len(pairs), dtype=torch.float64)
+    effect = torch.empty(len(chosen), len(pairs), dtype=torch.float64)
     for batch in pairs.batches():
         with torch.no_grad():
             base, source = _both_runs(model, batch, direction)
@@ -127,15 +127,16 @@ def path_patch(
         raise ValueError("senders must be single heads such as '9.6'")
     if freeze not in ("heads", "heads+mlps"):
         raise ValueError(f"freeze={freeze!r} is unknown; use 'heads' or 'heads+mlps'")
+    if (isinstance(receivers, str) and receivers != "logits") or not receivers:
+        raise ValueError(f"receivers={receivers!r} is unknown; use 'logits' or a list of at least one Receiver")
     targets = [] if receivers == "logits" else list(receivers)
     for receiver in targets:
         receiver.check(model)
     n_layers = model.spec.n_layers
     stop = max((receiver.layer for receiver in targets), default=n_layers - 1) + 1
-    gap, base_metric = torch.empty(len(pairs)), torch.empty(len(pairs))
-    effect = torch.zeros(
-        len(chosen), len(pairs)
-    )  # a sender at or above the highest receiver cannot reach it: exactly 0
+    gap, base_metric = torch.empty(2, len(pairs), dtype=torch.float64)
+    # a sender at or above the highest receiver cannot reach it: exactly 0
+    effect = torch.zeros(len(chosen), len(pairs), dtype=torch.float64)
     for batch in pairs.batches():
         with torch.no_grad():
             base, source = _both_runs(model, batch, direction)
@@ -296,4 +297,4 @@ def _scores(
         "positions": positions,
         "direction": direction,
     }
-    return Scores(model.spec, groups, effect.double().numpy(), gap.double().numpy(), base.double().numpy(), made)
+    return Scores(model.spec, groups, effect.numpy(), gap.numpy(), base.numpy(), made)

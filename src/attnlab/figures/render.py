@@ -45,6 +45,7 @@ def theme() -> alt.theme.ThemeConfig:
                 "titleLimit": 400,
                 "titleFontWeight": "normal",
                 "labelOverlap": "greedy",
+                "labelSeparation": 5,
                 "domainColor": "currentColor",
                 "domainOpacity": 0.5,
                 "tickColor": "currentColor",

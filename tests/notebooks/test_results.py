@@ -1,0 +1,35 @@
+"""What the executed chapters left behind: no noise, within the budget, every declared claim recorded."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from attnlab import claims
+from tools.chapters import OUT, Chapter, all_chapters
+from tools.execute import CPU_BUDGET_S, noise
+
+MEMORY_BUDGET_MB = 3000
+
+
+@pytest.fixture(params=all_chapters(), ids=lambda chapter: chapter.name)
+def chapter(request: pytest.FixtureRequest) -> Chapter:
+    if not request.param.is_fresh():
+        pytest.fail(f"{request.param.name} was not executed since it changed; run make test or python -m tools.execute")
+    return request.param
+
+
+def test_nothing_went_to_standard_error(chapter: Chapter) -> None:
+    assert noise(chapter) == ""
+
+
+def test_budget(chapter: Chapter) -> None:
+    run = json.loads((OUT / f"{chapter.slug}.run.json").read_text())
+    assert run["cpu_seconds"] <= CPU_BUDGET_S
+    assert run["peak_memory_mb"] <= MEMORY_BUDGET_MB
+
+
+def test_claims_are_declared_and_recorded() -> None:
+    slugs = [chapter.slug for chapter in all_chapters()]
+    assert claims.audit(slugs, claims.rows(OUT / "claims")) == []
