@@ -6,6 +6,8 @@ costs more than it promises. torch is imported by the functions that need it, so
 """
 
 import html
+import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -60,7 +62,7 @@ class Chapter:
 
 
 def setup(slug: str, title: str | None = None) -> Chapter:
-    """Prepare this process for one chapter: seeds, threads, device, and the clock of the budget.
+    """Prepare this process for one chapter: seeds, threads, device, charts, and the clock of the budget.
 
     Args:
         slug: the chapter's paper, such as ``circuit-reuse``.
@@ -78,6 +80,8 @@ def setup(slug: str, title: str | None = None) -> Chapter:
     seed(0)
     chapter = Chapter(slug, name, versions(), str(device()), threads)
     shell = _shell()
+    if importlib.util.find_spec("altair") is not None:
+        importlib.import_module("attnlab.figures").enable()  # by name: lab stands below figures
     if shell is None:
         print(chapter)
     else:

@@ -135,7 +135,7 @@ def test_a_restart_from_every_layer_and_position_equals_the_full_run(any_lm, bat
     base = any_lm.run(batch.clean, capture=("z", "pattern"))
     for layer in range(any_lm.spec.n_layers):
         for first in range(batch.clean.shape[1]):
-            again = any_lm.resume(base, layer, first, copies=2, capture=("z", "pattern"))
+            again = any_lm.resume(base, [layer] * 2, first, capture=("z", "pattern"))
             for above in range(layer, any_lm.spec.n_layers + 1):
                 expected = base.resid[above][:, first:].repeat(2, 1, 1)
                 torch.testing.assert_close(again.resid[above], expected, **EXACT)
@@ -155,7 +155,7 @@ def test_an_edit_in_a_restart_equals_the_edit_in_a_full_run(any_lm, batch, kind)
 
     base = any_lm.run(batch.clean)
     full = any_lm.run(batch.clean, edits=[Edit(kind, 1, change)])
-    short = any_lm.resume(base, 1, 3, edits=[Edit(kind, 1, change)])
+    short = any_lm.resume(base, [1], 3, edits=[Edit(kind, 1, change)])
     last = any_lm.spec.n_layers
     torch.testing.assert_close(short.resid[last], full.resid[last][:, 3:], **EXACT)
     assert (full.resid[last][:, 3:] - base.resid[last][:, 3:]).abs().max() > 1e-3  # the edit did something
@@ -163,7 +163,7 @@ def test_an_edit_in_a_restart_equals_the_edit_in_a_full_run(any_lm, batch, kind)
 
 def test_a_restart_may_stop_early(lm, batch):
     base = lm.run(batch.clean)
-    part = lm.resume(base, 1, stop=2, capture=("z",))
+    part = lm.resume(base, [1], stop=2, capture=("z",))
     assert set(part.acts) == {("z", 1)}
     assert max(part.resid) == 2
     torch.testing.assert_close(part.resid[2], base.resid[2], **EXACT)
@@ -222,7 +222,7 @@ def test_hooks_are_gone_after_an_exception(any_lm, batch):
     with pytest.raises(RuntimeError, match="an edit that fails"):
         any_lm.run(batch.clean, edits=[Edit("z", 0, bump), Edit("mlp_out", 1, fail)])
     with pytest.raises(RuntimeError, match="an edit that fails"):
-        any_lm.resume(before, 1, 2, edits=[Edit("q", 1, bump), Edit("mlp_out", 1, fail)])
+        any_lm.resume(before, [1], 2, edits=[Edit("q", 1, bump), Edit("mlp_out", 1, fail)])
     after = any_lm.run(batch.clean)
     assert torch.equal(final_logits(any_lm, before), final_logits(any_lm, after))
     with torch.no_grad():

@@ -12,7 +12,7 @@ from torch import Tensor
 from attnlab.circuits.metrics import Metric, Readout, logit_diff
 from attnlab.circuits.model import HookedLM, Node
 from attnlab.circuits.pairs import Batch, Pairs
-from attnlab.circuits.patching import Direction, _scores
+from attnlab.circuits.patching import Direction, _check_direction, _scores
 from attnlab.circuits.scores import Scores
 
 
@@ -32,8 +32,9 @@ def attribution_patch(
     heads behind a saturated softmax and cannot see self-repair: confirm the top heads exactly.
 
     Raises:
-        ValueError: for an unknown position, or pairs whose metric does not differ.
+        ValueError: for an unknown position or direction, or pairs whose metric does not differ.
     """
+    _check_direction(direction)
     heads = [(node,) for node in model.spec.heads]
     gap, base_metric = torch.empty(2, len(pairs), dtype=torch.float64)
     effect = torch.empty(len(heads), len(pairs), dtype=torch.float64)
@@ -71,8 +72,7 @@ def direct_logit_attribution(model: HookedLM, pairs: Pairs, which: Literal["clea
     Raises:
         ValueError: if ``which`` is unknown or the final norm is neither LayerNorm nor RMSNorm.
     """
-    if which not in ("clean", "corrupt"):
-        raise ValueError(f"which={which!r} is unknown; use 'clean' or 'corrupt'")
+    _check_side(which)
     table = np.empty((model.spec.n_layers, model.spec.n_heads, len(pairs)))
     with torch.no_grad():
         for batch in pairs.batches():
@@ -118,7 +118,10 @@ def attention_to(
     Raises:
         ValueError: for an unknown head or position.
     """
+    _check_side(which)
     chosen = [model.spec.check(head) for head in heads]
+    if others := [str(node) for node in chosen if node.head is None]:
+        raise ValueError(f"heads holds {', '.join(others)}, which has no attention pattern; name heads such as '19.2'")
     result = {node: {name: np.empty(len(pairs)) for name in to} for node in chosen}
     with torch.no_grad():
         for batch in pairs.batches():
@@ -151,3 +154,8 @@ def attention_rows(model: HookedLM, pairs: Pairs, heads: Iterable[str | Node]) -
                 ):
                     rows[node][number] = row.cpu().numpy()
     return rows
+
+
+def _check_side(which: str) -> None:
+    if which not in ("clean", "corrupt"):
+        raise ValueError(f"which={which!r} is unknown; use 'clean' or 'corrupt'")

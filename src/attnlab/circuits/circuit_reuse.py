@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from attnlab.circuits import tasks
-from attnlab.circuits.attribution import attention_to, attribution_patch, direct_logit_attribution
+from attnlab.circuits.attribution import attribution_patch
 from attnlab.circuits.interventions import force_pattern, uniform_over
 from attnlab.circuits.metrics import accuracy, choice_accuracy, log_odds
 from attnlab.circuits.model import HookedLM, Node, Run
@@ -94,28 +94,28 @@ def naive_end_patch(model: HookedLM, pairs: Pairs, heads: Sequence[str | Node]) 
     return effect
 
 
-def head_roles(model: HookedLM, pairs: Pairs, exact: Scores, heads: Sequence[str | Node]) -> pd.DataFrame:
+def head_roles(
+    exact: Scores, direct: np.ndarray, attention: Mapping[Node, Mapping[str, np.ndarray]], heads: Sequence[Node]
+) -> pd.DataFrame:
     """What IOI heads do: exact effect, direct effect on the answer, attention at END, and the role that follows.
 
     The role is a reading of two numbers, as in the paper: a head that attends to IO copies it (``mover``) or works against
     it (``negative mover``); one that attends to S2 writes against S (``demotes S``) or only steers others
-    (``inhibition-like``). "Directly" means more than a tenth of the largest direct effect of all heads.
+    (``inhibition-like``). "Writes" means more than a tenth of the largest direct effect of all heads.
+
+    Args:
+        exact: exact END scores.
+        direct: :func:`~attnlab.circuits.attribution.direct_logit_attribution`, ``[n_layers, n_heads, N]``.
+        attention: :func:`~attnlab.circuits.attribution.attention_to` of at least ``heads`` to IO, S1 and S2.
+        heads: the heads to name.
     """
-    direct = direct_logit_attribution(model, pairs).mean(-1)
-    attends = attention_to(model, pairs, heads, ["IO", "S1", "S2"])
+    writes = direct.mean(-1)
     rows = []
-    for head in map(Node.parse, heads):
-        to = {name: float(values.mean()) for name, values in attends[head].items()}
-        writes = float(direct[head.layer, head.head])
-        rows.append(
-            {
-                "head": str(head),
-                "exact effect": exact.of(head),
-                "direct effect": writes,
-                **to,
-                "role": _role(to, writes, float(np.abs(direct).max())),
-            }
-        )
+    for head in heads:
+        to = {name: float(values.mean()) for name, values in attention[head].items()}
+        write = float(writes[head.layer, head.head])
+        role = _role(to, write, float(np.abs(writes).max()))
+        rows.append({"head": str(head), "exact effect": exact.of(head), "direct effect": write, **to, "role": role})
     return pd.DataFrame(rows)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from attnlab.circuits.metrics import Metric, Readout, choice_accuracy
 from attnlab.circuits.model import Edit, HookedLM, Node
 from attnlab.circuits.pairs import Batch, Pairs
-from attnlab.circuits.patching import _chunks, _group
+from attnlab.circuits.patching import _chunks, _group, _start
 
 Weights = Callable[[Batch], Tensor]  # attention to force, [B, T], each row summing to 1
 
@@ -62,11 +62,11 @@ def force_pattern(
             forced = [i for i, group in enumerate(chosen) if group]
             plain = [i for i, group in enumerate(chosen) if not group]
             result[:, plain, batch.index.numpy()[:, None]] = _measure(model, final, batch, metrics)[:, 0, :, None]
-            for numbers in _chunks(chosen, len(batch) * (where.shape[1] - first), forced):
-                layer = min(node.layer for node in chosen[numbers[0]])
+            for numbers in _chunks(chosen, where.numel(), forced):
+                starts = [_start(chosen[i]) for i in numbers]
                 target = torch.cat([_checked(targets[i](batch), batch) for i in numbers]).to(final)  # [C * B, T]
                 edits = _pattern_edits([chosen[i] for i in numbers], target, where)
-                run = model.resume(base, layer, first, copies=len(numbers), edits=edits)
+                run = model.resume(base, starts, first, edits)
                 values = _measure(model, run.resid[model.spec.n_layers], batch, metrics)
                 result[:, np.array(numbers)[:, None], batch.index.numpy()] = values
     return result

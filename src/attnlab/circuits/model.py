@@ -132,15 +132,17 @@ class Run:
 class _KeyValues:
     """What the model sees as its key/value cache: records what it is given, or prepends the clean prefix to it."""
 
-    def __init__(self, prefix: dict[int, tuple[Tensor, Tensor]] | None = None, first: int = 0, copies: int = 1) -> None:
-        self.prefix, self.first, self.copies = prefix or {}, first, copies
+    def __init__(self, prefix: dict[int, tuple[Tensor, Tensor]] | None = None, first: int = 0) -> None:
+        self.prefix, self.first = prefix or {}, first
         self.seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(self, k: Tensor, v: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if self.first:
-            pk, pv = (x[:, :, : self.first].repeat(self.copies, 1, 1, 1) for x in self.prefix[layer])
+            copies = len(k) // len(self.prefix[layer][0])
+            pk, pv = (x[:, :, : self.first].repeat(copies, 1, 1, 1) for x in self.prefix[layer])
             k, v = torch.cat([pk, k], dim=2), torch.cat([pv, v], dim=2)
-        self.seen[layer] = (k, v)
+        else:
+            self.seen[layer] = (k, v)  # only a whole run is restarted from, so only its cache is kept
         return k, v
 
     def get_seq_length(self, *_: Any) -> int:
@@ -201,26 +203,26 @@ class HookedLM:
             resid = self.bridge(tokens.to(self.device), stop_at_layer=0)  # [B, T, d_model]
         if grad:
             resid = resid.detach().requires_grad_(True)
-        return self._blocks(resid, 0, self.spec.n_layers, _KeyValues(), edits, capture, grad)
+        return self._blocks({0: resid}, self.spec.n_layers, _KeyValues(), edits, capture, grad)
 
     def resume(
         self,
         base: Run,
-        layer: int,
+        starts: Sequence[int],
         first: int = 0,
-        copies: int = 1,
         edits: Sequence[Edit] = (),
         capture: Iterable[str] = (),
         stop: int | None = None,
     ) -> Run:
-        """Run blocks ``layer .. stop - 1`` again for positions ``first ..``, ``copies`` times side by side, with edits.
+        """Run copies of ``base`` [B, T] again with edits, positions ``first ..`` only, all copies in one sweep.
 
-        Row ``c * B + b`` is copy ``c`` of example ``b``. Exact as long as the edits touch nothing below ``layer`` or
-        before ``first``: everything there is as in ``base``.
+        Copy ``c`` begins to differ at block ``starts[c]`` (ascending) and joins the sweep there; below, it is ``base``. Row
+        ``c * B + b`` is copy ``c`` of example ``b``, so the rows present in a block are always the first ones. Exact as
+        long as no edit touches a copy below its start or before ``first``.
         """
         stop = self.spec.n_layers if stop is None else stop
-        resid = base.resid[layer][:, first:].repeat(copies, 1, 1)
-        return self._blocks(resid, layer, stop, _KeyValues(base.kv, first, copies), edits, capture, grad=False)
+        joining = {layer: base.resid[layer][:, first:].repeat(starts.count(layer), 1, 1) for layer in set(starts)}
+        return self._blocks(joining, stop, _KeyValues(base.kv, first), edits, capture, grad=False)
 
     def readout(self, resid: Tensor) -> Tensor:
         """Final norm of the last position: ``[R, T, d_model] -> [R, d_model]``."""
@@ -238,24 +240,25 @@ class HookedLM:
 
     def _blocks(
         self,
-        resid: Tensor,
-        start: int,
+        joining: dict[int, Tensor],
         stop: int,
         cache: _KeyValues,
         edits: Sequence[Edit],
         capture: Iterable[str],
         grad: bool,
     ) -> Run:
-        """Blocks ``start .. stop - 1`` on ``resid`` [R, T - first, d_model]."""
-        first = cache.first
+        """Blocks up to ``stop - 1``; the rows ``joining[l]`` [R, T - first, d_model] enter the sweep at block ``l``."""
+        first, start = cache.first, min(joining)
         run = Run(resid={}, acts={}, kv=cache.seen, first=first)
+        resid = joining[start][:0]
         extra = self._position_arguments(first, first + resid.shape[1])
         with torch.set_grad_enabled(grad), self._hooks(run, edits, tuple(capture), range(start, stop)):
             for layer in range(start, stop):
+                if layer in joining:
+                    resid = torch.cat([resid, joining[layer]])
                 run.resid[layer] = resid
-                out = self.bridge.blocks[layer](
-                    resid, attention_mask=None, past_key_values=cache, use_cache=True, **extra
-                )
+                block = self.bridge.blocks[layer]
+                out = block(resid, attention_mask=None, past_key_values=cache, use_cache=True, **extra)
                 resid = out[0] if isinstance(out, tuple) else out
         run.resid[stop] = resid
         return run

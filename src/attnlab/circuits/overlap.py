@@ -28,7 +28,15 @@ def count(n_heads: int, share: float) -> int:
 
 
 def overlap(a: Scores, b: Scores, share: float) -> int:
-    """Heads in both top lists."""
+    """Heads in both top lists.
+
+    Raises:
+        ValueError: if ``share`` is out of range or the two did not measure the same heads.
+    """
+    if set(a.groups) != set(b.groups):
+        raise ValueError(
+            f"a holds {len(a.groups)} groups and b {len(b.groups)}, not the same ones; compare rankings of the same heads"
+        )
     return len(top_share(a, share) & top_share(b, share))
 
 

@@ -19,8 +19,8 @@ from attnlab.circuits.pairs import Batch, Pairs
 from attnlab.circuits.scores import Group, Scores
 
 Direction = Literal["noise", "denoise"]
-#: rows x tokens of one patched forward; larger is no faster on two cores and takes more memory
-TOKENS_AT_ONCE = 4096
+#: rows x prompt tokens of one patched forward: their keys and values are held at once; larger is no faster on two cores
+TOKENS_AT_ONCE = 16384
 
 
 def activation_patch(
@@ -34,8 +34,8 @@ def activation_patch(
 ) -> Scores:
     """Replace what a group of nodes writes by what it writes on the other prompt, and measure the effect. Exact.
 
-    Each patched run restarts at the lowest layer of its group and at the first patched position, and many of them run as
-    rows of one batch. Patching END only, a run costs one token instead of the whole prompt.
+    Each patched run restarts at the lowest layer of its group and at the first patched position, and all of them go through
+    the model in one sweep. Patching END only, a run costs one token instead of the whole prompt.
 
     Args:
         model: the model.
@@ -51,16 +51,17 @@ def activation_patch(
     chosen = [_group(model, group) for group in (model.spec.heads if groups is None else groups)]
     gap, base_metric = torch.empty(2, len(pairs), dtype=torch.float64)
     effect = torch.empty(len(chosen), len(pairs), dtype=torch.float64)
+    kinds = ("z", "mlp_out") if any(node.head is None for group in chosen for node in group) else ("z",)
     for batch in pairs.batches():
         with torch.no_grad():
-            base, source = _both_runs(model, batch, direction)
+            base, source = _both_runs(model, batch, direction, kinds)
             m_base, m_source = (metric(Readout(model, run.resid[model.spec.n_layers], batch)) for run in (base, source))
             where = batch.mask(positions).to(m_base.device)
             first = int(where.any(0).nonzero()[0])
-            for numbers in _chunks(chosen, len(batch) * (where.shape[1] - first)):
-                layer = max(min(node.layer for node in chosen[numbers[0]]), 0)
-                edits = _patch_edits([chosen[i] for i in numbers], source, where)
-                run = model.resume(base, layer, first, copies=len(numbers), edits=edits)
+            for numbers in _chunks(chosen, where.numel()):
+                groups_now = [chosen[i] for i in numbers]
+                edits = _patch_edits(groups_now, source, where)
+                run = model.resume(base, [_start(group) for group in groups_now], first, edits)
                 patched = metric(Readout(model, run.resid[model.spec.n_layers], batch)).view(len(numbers), len(batch))
                 effect[torch.tensor(numbers)[:, None], batch.index] = (patched - m_base).cpu().to(effect.dtype)
         gap[batch.index] = (m_source - m_base).cpu().to(gap.dtype)
@@ -139,17 +140,17 @@ def path_patch(
     effect = torch.zeros(len(chosen), len(pairs), dtype=torch.float64)
     for batch in pairs.batches():
         with torch.no_grad():
-            base, source = _both_runs(model, batch, direction)
+            base, source = _both_runs(model, batch, direction, ("z", "mlp_out") if freeze == "heads+mlps" else ("z",))
             m_base, m_source = (metric(Readout(model, run.resid[n_layers], batch)) for run in (base, source))
             where = batch.mask(positions).to(m_base.device)
             first = int(where.any(0).nonzero()[0])
             reach = n_layers if not targets else stop - 1
             able = [i for i, group in enumerate(chosen) if group[0].layer < reach]
-            for numbers in _chunks(chosen, len(batch) * (where.shape[1] - first), able):
-                layer, heads = chosen[numbers[0]][0].layer, [chosen[i][0].head for i in numbers]
-                edits = _freeze_edits(model, base, source, where, layer, heads, freeze)
+            for numbers in _chunks(chosen, where.numel(), able):
+                groups_now = [chosen[i] for i in numbers]
+                edits = _freeze_edits(base, source, where, groups_now, range(_start(groups_now[0]), n_layers), freeze)
                 capture = {receiver.component for receiver in targets}
-                run = model.resume(base, layer, first, len(numbers), edits, capture, stop=stop)
+                run = model.resume(base, [_start(group) for group in groups_now], first, edits, capture, stop=stop)
                 if targets:
                     run = _deliver(model, base, run, targets, batch, len(numbers))
                 patched = metric(Readout(model, run.resid[n_layers], batch)).view(len(numbers), len(batch))
@@ -163,16 +164,18 @@ def path_patch(
 # ---------------------------------------------------------------------------------------------------- edits
 
 
-def overwrite(value: Tensor, where: Tensor, copies: int, only: Tensor | None = None) -> Callable[[Tensor, int], Tensor]:
-    """A change for :class:`Edit`: write ``value`` [B, T, ...] at ``where`` [B, T], in every copy.
+def overwrite(value: Tensor, where: Tensor, only: Tensor | None = None) -> Callable[[Tensor, int], Tensor]:
+    """A change for :class:`Edit`: write ``value`` [B, T, ...] at ``where`` [B, T] into every copy that is there.
 
-    ``only`` [copies, H] narrows it to chosen heads of each copy (then ``value`` is [B, T, H, d]).
+    ``only`` narrows it to some copies, ``[copies]``, or to some heads of each copy, ``[copies, H]``.
     """
 
     def change(act: Tensor, first: int) -> Tensor:
-        mask = where[:, first:].repeat(copies, 1).view(-1, act.shape[1], *[1] * (act.ndim - 2))  # [R, T', 1, ...]
+        copies = len(act) // len(where)
+        mask = where[:, first:].repeat(copies, 1).view(len(act), -1, *[1] * (act.ndim - 2))  # [R, T', 1, ...]
         if only is not None:
-            mask = mask & only.repeat_interleave(len(where), 0)[:, None, :, None]  # [R, T', H, 1]
+            rows = only[:copies].repeat_interleave(len(where), 0)  # [R] or [R, H]
+            mask = mask & rows.view(len(act), 1, *rows.shape[1:], *[1] * (act.ndim - 1 - rows.ndim))
         return torch.where(mask, value[:, first:].repeat(copies, *[1] * (value.ndim - 1)), act)
 
     return change
@@ -180,48 +183,36 @@ def overwrite(value: Tensor, where: Tensor, copies: int, only: Tensor | None = N
 
 def _patch_edits(groups: Sequence[Group], source: Run, where: Tensor) -> list[Edit]:
     """Edits that give copy ``c`` the source writes of ``groups[c]``."""
-    copies, edits = len(groups), []
+    edits = []
     for layer in sorted({node.layer for group in groups for node in group if node.head is not None}):
         z = source.acts["z", layer]
-        only = torch.zeros(copies, z.shape[2], dtype=torch.bool, device=z.device)
-        for copy, group in enumerate(groups):
-            for node in group:
-                if node.layer == layer and node.head is not None:
-                    only[copy, node.head] = True
-        edits.append(Edit("z", layer, overwrite(z, where, copies, only)))
+        edits.append(Edit("z", layer, overwrite(z, where, _heads_of(groups, layer, z))))
     for node in sorted({node for group in groups for node in group if node.head is None}):
-        kind, layer = ("resid_pre", 0) if node == INPUT else ("mlp_out", node.layer)
         rows = torch.tensor([node in group for group in groups], device=where.device)
-        edits.append(Edit(kind, layer, _overwrite_rows(source.acts[kind, layer], where, rows)))
+        if node == INPUT:
+            edits.append(Edit("resid_pre", 0, overwrite(source.resid[0], where, rows)))
+        else:
+            edits.append(Edit("mlp_out", node.layer, overwrite(source.acts["mlp_out", node.layer], where, rows)))
     return edits
 
 
-def _overwrite_rows(value: Tensor, where: Tensor, rows: Tensor) -> Callable[[Tensor, int], Tensor]:
-    """Write ``value`` [B, T, d] at ``where`` in the chosen copies ``rows`` [copies]."""
-    copies = len(rows)
-
-    def change(act: Tensor, first: int) -> Tensor:
-        mask = where[:, first:].repeat(copies, 1) & rows.repeat_interleave(len(where))[:, None]
-        return torch.where(mask[..., None], value[:, first:].repeat(copies, 1, 1), act)
-
-    return change
+def _heads_of(groups: Sequence[Group], layer: int, z: Tensor) -> Tensor:
+    """Which heads of a layer each group holds, ``[copies, H]`` bool."""
+    chosen = [[Node(layer, head) in group for head in range(z.shape[2])] for group in groups]
+    return torch.tensor(chosen, device=z.device)
 
 
 def _freeze_edits(
-    model: HookedLM, base: Run, source: Run, where: Tensor, layer: int, heads: Sequence[int | None], freeze: str
+    base: Run, source: Run, where: Tensor, senders: Sequence[Group], layers: range, freeze: str
 ) -> list[Edit]:
-    """Pass 2: senders of ``layer`` from the source, all other heads (and MLPs) at ``where`` from the base."""
-    copies = len(heads)
-    only = torch.zeros(copies, model.spec.n_heads, dtype=torch.bool, device=where.device)
-    only[torch.arange(copies), torch.tensor(heads)] = True
-    edits = [Edit("z", layer, overwrite(source.acts["z", layer], where, copies, only))]
-    edits += [
-        Edit("z", above, overwrite(base.acts["z", above], where, copies))
-        for above in range(layer + 1, model.spec.n_layers)
-    ]
-    if freeze == "heads+mlps":
-        for above in range(layer, model.spec.n_layers):
-            edits.append(Edit("mlp_out", above, overwrite(base.acts["mlp_out", above], where, copies)))
+    """Pass 2: every head (and MLP) at ``where`` from the base, then each copy's sender from the source."""
+    edits = []
+    for layer in layers:
+        z = source.acts["z", layer]
+        edits.append(Edit("z", layer, overwrite(base.acts["z", layer], where)))
+        edits.append(Edit("z", layer, overwrite(z, where, _heads_of(senders, layer, z))))
+        if freeze == "heads+mlps":
+            edits.append(Edit("mlp_out", layer, overwrite(base.acts["mlp_out", layer], where)))
     return edits
 
 
@@ -236,14 +227,17 @@ def _deliver(model: HookedLM, base: Run, sent: Run, targets: Sequence[Receiver],
     for target in live:
 
         def change(act: Tensor, start: int, target: Receiver = target) -> Tensor:
-            arrived = sent.acts[target.component, target.layer][:, start - sent.first :, target.head]  # [R, T', d_head]
-            mask = masks[target][:, start:].repeat(copies, 1)[..., None]
+            arrived = sent.acts[target.component, target.layer][
+                :, start - sent.first :, target.head
+            ]  # [R', T', d_head]
+            reached = slice(len(arrived))  # senders above this receiver are the last copies and cannot reach it
+            mask = masks[target][:, start:].repeat(copies, 1)[reached, :, None]
             act = act.clone()
-            act[:, :, target.head] = torch.where(mask, arrived, act[:, :, target.head])
+            act[reached, :, target.head] = torch.where(mask, arrived, act[reached, :, target.head])
             return act
 
         edits.append(Edit(target.component, target.layer, change))
-    return model.resume(base, layer, first, copies, edits)
+    return model.resume(base, [layer] * copies, first, edits)
 
 
 # ------------------------------------------------------------------------------------------------ bookkeeping
@@ -256,24 +250,31 @@ def _group(model: HookedLM, group: str | Node | Sequence[str | Node]) -> Group:
     return tuple(model.spec.check(node) for node in nodes)
 
 
-def _both_runs(model: HookedLM, batch: Batch, direction: Direction) -> tuple[Run, Run]:
+def _check_direction(direction: str) -> None:
     if direction not in ("noise", "denoise"):
         raise ValueError(
             f"direction={direction!r} is unknown; use 'noise' (corrupt into clean) or 'denoise' (clean into corrupt)"
         )
-    runs = [model.run(tokens, capture=("resid_pre", "z", "mlp_out")) for tokens in (batch.clean, batch.corrupt)]
+
+
+def _both_runs(model: HookedLM, batch: Batch, direction: Direction, kinds: Sequence[str]) -> tuple[Run, Run]:
+    """The base and the source run, with activations of these kinds captured."""
+    _check_direction(direction)
+    runs = [model.run(tokens, capture=kinds) for tokens in (batch.clean, batch.corrupt)]
     return (runs[0], runs[1]) if direction == "noise" else (runs[1], runs[0])
 
 
+def _start(group: Group) -> int:
+    """The block at which a group begins to matter."""
+    return max(min(node.layer for node in group), 0)
+
+
 def _chunks(groups: Sequence[Group], tokens_each: int, numbers: Sequence[int] | None = None) -> Iterator[list[int]]:
-    """Indices of groups that start at the same layer, as many as fit into one forward."""
-    by_layer: dict[int, list[int]] = {}
-    for number in range(len(groups)) if numbers is None else numbers:
-        by_layer.setdefault(min(node.layer for node in groups[number]), []).append(number)
+    """Indices of groups in the order of their start, as many at a time as one sweep may hold."""
+    order = sorted(range(len(groups)) if numbers is None else numbers, key=lambda number: _start(groups[number]))
     size = max(1, TOKENS_AT_ONCE // tokens_each)
-    for same in by_layer.values():
-        for start in range(0, len(same), size):
-            yield same[start : start + size]
+    for begin in range(0, len(order), size):
+        yield order[begin : begin + size]
 
 
 def _scores(

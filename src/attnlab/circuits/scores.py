@@ -69,7 +69,11 @@ class Scores:
     def top(self, k: int) -> list[Node]:
         """The ``k`` single nodes with the largest absolute score, largest first (ties go to the lower layer)."""
         single = [(group[0], value) for group, value in zip(self.groups, self.values, strict=True) if len(group) == 1]
-        return [node for node, _ in sorted(single, key=lambda item: (-abs(item[1]), item[0]))[:k]]
+        # an MLP has no head number; -1 puts it before the heads of its layer
+        order = sorted(
+            single, key=lambda item: (-abs(item[1]), item[0].layer, -1 if item[0].head is None else item[0].head)
+        )
+        return [node for node, _ in order[:k]]
 
     def interval(
         self, *nodes: str | Node, level: float = 0.95, draws: int = 2000, seed: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -116,21 +117,20 @@ def reuse_map(heads: pd.DataFrame, attention: pd.DataFrame, k: int = 27, picked:
         layers: Any = alt.layer(cells.add_params(pick, hover), frame)
         return layers.properties(width=alt.Step(14), height=alt.Step(11), title=title)
 
-    maps = alt.hconcat(
-        heat("IOI only", FIRST, True),
-        heat("other only", "the other task", False),
-        spacing=14,
+    with (
+        warnings.catch_warnings()
+    ):  # altair warns that it makes the two maps share their selections; that is what we want
+        warnings.filterwarnings("ignore", message="Automatically deduplicated selection parameter")
+        maps = alt.hconcat(heat("IOI only", FIRST, True), heat("other only", "the other task", False), spacing=14)
+    counted = table.transform_filter("datum.state == 'both tasks'").transform_aggregate(shared="count()")
+    line: dict[str, Any] = {"align": "left", "x": 0, "fontSize": 14}
+    found = counted.transform_calculate(line="datum.shared + ' of ' + k + ' heads shared'").mark_text(
+        **line, y=8, fontWeight="bold"
     )
-    shared = (
-        table.transform_filter("datum.state == 'both tasks'")
-        .transform_aggregate(shared="count()")
-        .transform_calculate(
-            line=f"datum.shared + ' of ' + k + ' heads shared; two random lists would share ' + format(k * k / {n}, '.1f')"
-        )
-        .mark_text(align="left", fontSize=14, fontWeight="bold", x=0)
-        .encode(text="line:N")
-        .properties(width=310, height=18)
-    )
+    expected = counted.transform_calculate(
+        line=f"'two random lists would share ' + format(k * k / {n}, '.1f')"
+    ).mark_text(**line, y=26)
+    shared = (found.encode(text="line:N") + expected.encode(text="line:N")).properties(width=250, height=36)
     bars = (
         alt.Chart(attention)
         .transform_filter(pick)
@@ -153,7 +153,8 @@ def reuse_map(heads: pd.DataFrame, attention: pd.DataFrame, k: int = 27, picked:
             title=alt.TitleParams(text=alt.expr("'Where head ' + (pick.head ? pick.head[0] : '?') + ' looks'")),
         )
     )
-    return alt.vconcat(maps, shared, bars, spacing=10).add_params(top, other).resolve_scale(color="independent")
+    stacked: alt.VConcatChart = alt.vconcat(maps, shared, bars, spacing=10)
+    return stacked.add_params(top, other).resolve_scale(color="independent")
 
 
 def overlap_chart(curves: Mapping[str, pd.DataFrame]) -> alt.LayerChart:
