@@ -61,6 +61,7 @@ def execute(chapters: list[Chapter]) -> int:
 
     nbmake skips everything below a folder named ``_build``, and a run that is killed must leave nothing half done.
     """
+    keys = {chapter: chapter.key for chapter in chapters}  # of the state that runs, even if a file changes meanwhile
     for chapter in chapters:
         chapter.key_file.unlink(missing_ok=True)
         for old in [*OUT.glob(f"claims/{chapter.slug}--*.json"), OUT / f"{chapter.slug}.run.json"]:
@@ -87,7 +88,7 @@ def execute(chapters: list[Chapter]) -> int:
                 print(f"FAILED {chapter.name}: {complaint}")
                 code = code or 1
             else:
-                chapter.key_file.write_text(chapter.key)
+                chapter.key_file.write_text(keys[chapter])
     return code
 
 

@@ -163,7 +163,7 @@ def _corpus() -> list[str]:
 
 def _word_level(numbers: str) -> Any:
     """A fast tokenizer that keeps every word (with the space before it) whole; ``numbers`` is the pattern of a number."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     split = pre_tokenizers.Sequence(
@@ -174,7 +174,7 @@ def _word_level(numbers: str) -> Any:
     )
     words = sorted({word for text in _corpus() for word, _ in split.pre_tokenize_str(text)})
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", *words])}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = split
+    tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>")
 
 
@@ -206,7 +206,7 @@ def toy_letters() -> Any:
 def toy_lm(toy_digits: Any) -> HookedLM:
     """A tiny Llama that reads the toy tokenizer."""
     bridge = tiny(n_layers=3, n_heads=6, n_kv_heads=2, d_model=48, vocab=len(toy_digits))
-    bridge.tokenizer = toy_digits
+    bridge._tokenizer = toy_digits  # its setter would reload the tokenizer with a BOS
     return HookedLM(bridge)
 
 

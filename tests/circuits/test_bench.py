@@ -17,7 +17,7 @@ def test_both_ways_agree_on_every_head_and_pair(any_lm, make_pairs, monkeypatch)
     assert np.abs(timing.library).max() > 1e-3
     exact = activation_patch(any_lm, pairs, direction="denoise").effect
     np.testing.assert_allclose(timing.ours, exact, rtol=0, atol=1e-10)
-    assert timing.seconds > 0
+    assert min(timing.seconds) > 0
     assert timing.library_seconds > 0
     assert f"{len(any_lm.spec.heads)} heads, 4 pairs" in str(timing)
 

@@ -33,7 +33,7 @@ def data(toy_digits):
 def gpt2_medium_shape(toy_digits):
     """A random GPT-2 with the layers and heads of GPT-2 Medium and one number a head."""
     bridge = tiny_gpt2(n_layers=24, n_heads=16, d_model=16, vocab=len(toy_digits))
-    bridge.tokenizer = toy_digits
+    bridge._tokenizer = toy_digits  # its setter would reload the tokenizer with a BOS
     return HookedLM(bridge)
 
 
@@ -93,27 +93,25 @@ def test_roles_follow_from_attention_and_direct_effect(to, writes, role):
 
 
 def test_head_roles_gathers_the_single_measurements(toy_lm, data):
-    pairs, heads = data["IOI"], ["0.3", "2.5", "1.0"]
-    exact = activation_patch(toy_lm, pairs)
-    table = circuit_reuse.head_roles(toy_lm, pairs, exact, heads)
-    assert table["head"].tolist() == heads
-    direct = direct_logit_attribution(toy_lm, pairs).mean(-1)
+    pairs, heads = data["IOI"], [Node(0, 3), Node(2, 5), Node(1, 0)]
+    exact, direct = activation_patch(toy_lm, pairs), direct_logit_attribution(toy_lm, pairs)
     attends = attention_to(toy_lm, pairs, heads, ["IO", "S1", "S2"])
-    for row in table.to_dict("records"):
-        node = Node.parse(row["head"])
+    table = circuit_reuse.head_roles(exact, direct, attends, heads)
+    assert table["head"].tolist() == [str(head) for head in heads]
+    writes = direct.mean(-1)
+    for node, row in zip(heads, table.to_dict("records"), strict=True):
         to = {name: attends[node][name].mean() for name in ("IO", "S1", "S2")}
         assert row["exact effect"] == exact.of(node)
-        assert row["direct effect"] == direct[node]
+        assert row["direct effect"] == writes[node]
         assert {name: row[name] for name in to} == pytest.approx(to)
-        assert row["role"] == _role(to, direct[node], np.abs(direct).max())
+        assert row["role"] == _role(to, writes[node], np.abs(writes).max())
 
 
-def test_roles_of_an_unknown_head_are_refused(toy_lm, data):
-    exact = activation_patch(toy_lm, data["IOI"], ["0.0"])
-    with pytest.raises(ValueError, match=r"node 31\.0 does not exist"):
-        circuit_reuse.head_roles(toy_lm, data["IOI"], exact, ["31.0"])
-    with pytest.raises(ValueError, match=r"group 0\.1 was not measured"):
-        circuit_reuse.head_roles(toy_lm, data["IOI"], exact, ["0.1"])
+def test_the_plain_way_of_the_chapter_equals_the_restarted_one(toy_lm, data):
+    for name in ("IOI", "Colored Objects"):
+        heads = ["0.3", "2.5", "1.0"]
+        naive = circuit_reuse.naive_end_patch(toy_lm, data[name], heads)
+        np.testing.assert_allclose(activation_patch(toy_lm, data[name], heads).effect, naive, rtol=0, atol=1e-10)
 
 
 # ----------------------------------------------------------------------------------------------------------- repair
@@ -132,8 +130,12 @@ def test_repair_is_pattern_surgery_onto_the_wrong_colours(toy_lm, toy_digits):
 
 def test_gains_are_points_over_the_untouched_model():
     choice = np.array([[0, 0, 1, 0], [1, 0, 1, 1], [0, 0, 0, 0]], dtype=float)
-    outcome = Repair(["untouched", "a", "b"], choice, choice)
+    outcome = Repair(["untouched", "a", "b"], choice, choice[[2, 2, 1]])
     np.testing.assert_allclose(outcome.gains([0, 1, 2]), [0, 50, -25])
+    np.testing.assert_allclose(outcome.gains([0, 1, 2], over="vocabulary"), [0, 0, 75])
+    assert outcome.gain(2, over="vocabulary")[0] == 75
+    with pytest.raises(ValueError, match="over='all' is unknown"):
+        outcome.gain(1, over="all")
     for row, gain in ((1, 50), (2, -25)):
         value, (low, high) = outcome.gain(row)
         assert value == gain

@@ -63,7 +63,7 @@ def test_every_metric_against_its_definition(seen, uneven):
     }
     assert set(METRICS.values()) == set(expected)
     for metric, values in expected.items():
-        torch.testing.assert_close(metric(end), torch.tensor([float(v) for v in values]).double(), **EXACT)
+        torch.testing.assert_close(metric(end), torch.tensor([float(v) for v in values], dtype=torch.float64), **EXACT)
 
 
 def test_accuracies_can_be_right_and_wrong(lm, uneven):

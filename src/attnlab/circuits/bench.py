@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,12 +28,16 @@ TOLERANCE = 1e-4  # largest difference of two logit differences in float32
 
 @dataclass(frozen=True)
 class Timing:
-    """Effects of both ways on the same heads and pairs, ``[G, N]`` in logits, and the seconds that each took."""
+    """Effects of both ways on the same heads and pairs, ``[G, N]`` in logits, and the seconds that each took.
+
+    Ours runs before and after the library, since the load of a shared machine changes: two times that differ much say that
+    the ratio is worth little.
+    """
 
     heads: Sequence[Node]
     ours: np.ndarray
     library: np.ndarray
-    seconds: float
+    seconds: tuple[float, float]
     library_seconds: float
 
     @property
@@ -42,12 +46,13 @@ class Timing:
         return float(np.abs(self.ours - self.library).max())
 
     def __str__(self) -> str:
-        n = len(self.heads)
+        n, ours = len(self.heads), sum(self.seconds) / 2
+        before, after = self.seconds
         return (
             f"{n} heads, {self.ours.shape[1]} pairs; largest difference {self.difference:.1e} logits\n"
-            f"attnlab.circuits           {self.seconds:8.2f} s  {1000 * self.seconds / n:8.1f} ms a head\n"
-            f"transformer_lens.patching  {self.library_seconds:8.2f} s  {1000 * self.library_seconds / n:8.1f} ms a head\n"
-            f"ratio                      {self.library_seconds / self.seconds:8.1f}"
+            f"attnlab.circuits          {ours:8.2f} s {1000 * ours / n:8.1f} ms a head ({before:.2f} s before, {after:.2f} s after)\n"
+            f"transformer_lens.patching {self.library_seconds:8.2f} s {1000 * self.library_seconds / n:8.1f} ms a head\n"
+            f"ratio                     {self.library_seconds / ours:8.1f}"
         )
 
 
@@ -61,18 +66,28 @@ def compare(model: HookedLM, pairs: Pairs, heads: Sequence[Node]) -> Timing:
     activation_patch(model, pairs.subset([0]), heads[:1], direction="denoise")
     library_effect(model, first, heads[:1])
 
-    start = time.perf_counter()
-    ours = activation_patch(model, pairs, heads, direction="denoise").effect
-    seconds = time.perf_counter() - start
-
-    start = time.perf_counter()
-    library = np.empty_like(ours)
-    for batch in tqdm(list(pairs.batches()), "transformer_lens, lengths"):
-        library[:, batch.index.numpy()] = library_effect(model, batch, heads)
-    timing = Timing(heads, ours, library, seconds, time.perf_counter() - start)
+    before, ours = _timed(lambda: activation_patch(model, pairs, heads, direction="denoise").effect)
+    during, library = _timed(lambda: _library(model, pairs, heads))
+    after, _ = _timed(lambda: activation_patch(model, pairs, heads, direction="denoise").effect)
+    timing = Timing(heads, ours, library, (before, after), during)
     if not timing.difference < TOLERANCE:  # also true for NaN
         raise RuntimeError(f"the two ways disagree by {timing.difference:.2e} logits; tolerance {TOLERANCE:.0e}")
     return timing
+
+
+def _timed(work: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
+    """Seconds and result of ``work()``."""
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
+
+
+def _library(model: HookedLM, pairs: Pairs, heads: Sequence[Node]) -> np.ndarray:
+    """:func:`library_effect` of all pairs, ``[G, N]``."""
+    effect = np.empty((len(heads), len(pairs)))
+    for batch in tqdm(list(pairs.batches()), "lengths of transformer_lens"):
+        effect[:, batch.index.numpy()] = library_effect(model, batch, heads)
+    return effect
 
 
 def library_effect(model: HookedLM, batch: Batch, heads: Sequence[Node]) -> np.ndarray:

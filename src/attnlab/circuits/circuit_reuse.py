@@ -183,7 +183,8 @@ def random_groups(model: HookedLM, heads: Sequence[str], n: int = 20, seed: int 
     }
     wanted = {layer: sum(node.layer == layer for node in taken) for layer in free}
     found: dict[tuple[Node, ...], None] = {}
-    for _ in range(100 * n):
+    enough = all(wanted[layer] <= len(free[layer]) for layer in free)
+    for _ in range(100 * n if enough else 0):
         group = [Node(la, int(h)) for la in sorted(free) for h in rng.choice(free[la], wanted[la], replace=False)]
         found[tuple(sorted(group))] = None
         if len(found) == n:
