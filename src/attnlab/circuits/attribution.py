@@ -38,7 +38,7 @@ def attribution_patch(
     heads = [(node,) for node in model.spec.heads]
     gap, base_metric = torch.empty(2, len(pairs), dtype=torch.float64)
     effect = torch.empty(len(heads), len(pairs), dtype=torch.float64)
-    for batch in pairs.batches(size=16):  # activations of every layer stay alive until the backward
+    for batch in pairs.batches(size=8):  # activations of every layer stay alive until the backward
         base_tokens, source_tokens = (
             (batch.clean, batch.corrupt) if direction == "noise" else (batch.corrupt, batch.clean)
         )

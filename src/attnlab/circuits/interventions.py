@@ -54,7 +54,7 @@ def force_pattern(
         )
     result = np.empty((len(metrics), len(chosen), len(pairs)))
     with torch.no_grad():
-        for batch in pairs.batches():
+        for batch in pairs.batches(size=32):
             base = model.run(batch.clean)
             final = base.resid[model.spec.n_layers]
             where = batch.mask(from_position).to(final.device)
