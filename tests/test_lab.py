@@ -240,7 +240,7 @@ class TestClock:
         assert report()["slug"] == SLUG
         capsys.readouterr()
 
-    @pytest.mark.parametrize(("name", "word"), [("BUDGET_SECONDS", "CPU seconds"), ("BUDGET_MB", "GB")])
+    @pytest.mark.parametrize(("name", "word"), [("BUDGET_CPU_SECONDS", "CPU seconds"), ("BUDGET_MB", "GB")])
     def test_exceeding_the_budget_is_said_once(self, notebook, monkeypatch, capsys, name, word):
         notebook.run_cell(SETUP)
         capsys.readouterr()

@@ -20,7 +20,6 @@ from tools.chapters import BUILD, OUT, ROOT, Chapter, all_chapters
 
 CELL_LIMIT_S = 240  # one cell, on a machine that runs two chapters at once
 CHAPTER_LIMIT_S = 400
-CPU_BUDGET_S = 180  # 90 s alone on two cores
 
 
 def main(arguments: list[str] | None = None) -> int:

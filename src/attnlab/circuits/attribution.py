@@ -14,6 +14,7 @@ from attnlab.circuits.model import HookedLM, Node
 from attnlab.circuits.pairs import Batch, Pairs
 from attnlab.circuits.patching import Direction, _check_direction, _scores
 from attnlab.circuits.scores import Scores
+from attnlab.lab import progress
 
 
 def attribution_patch(
@@ -28,34 +29,34 @@ def attribution_patch(
 
     .. math:: \hat P(h) = \sum_t (z^{source}_{h,t} - z^{base}_{h,t}) \cdot \partial m / \partial z_{h,t}
 
-    with the gradient taken at the base run. Two forwards and one backward, whatever the number of heads. It underrates
-    heads behind a saturated softmax and cannot see self-repair: confirm the top heads exactly.
+    with the gradient taken at the base run. Two forwards and one backward, whatever the number of heads. Before the first
+    token in which the prompts differ all differences are 0, so beyond one plain forward only the positions from there on are run.
+    The estimate underrates heads behind a saturated softmax and cannot see self-repair: confirm the top heads exactly.
 
     Raises:
         ValueError: for an unknown position or direction, or pairs whose metric does not differ.
     """
     _check_direction(direction)
+    n_layers, n_heads = model.spec.n_layers, model.spec.n_heads
     heads = [(node,) for node in model.spec.heads]
     gap, base_metric = torch.empty(2, len(pairs), dtype=torch.float64)
     effect = torch.empty(len(heads), len(pairs), dtype=torch.float64)
-    for batch in pairs.batches(size=8):  # activations of every layer stay alive until the backward
-        base_tokens, source_tokens = (
-            (batch.clean, batch.corrupt) if direction == "noise" else (batch.corrupt, batch.clean)
-        )
+    for batch in progress(list(pairs.batches(size=16)), f"attribution, {pairs.name}"):
+        tokens = [batch.clean, batch.corrupt] if direction == "noise" else [batch.corrupt, batch.clean]
+        first = int((batch.clean != batch.corrupt).any(0).nonzero()[0])  # of the batch's first difference
         with torch.no_grad():
-            source = model.run(source_tokens, capture=("z",))
-            m_source = metric(Readout(model, source.resid[model.spec.n_layers], batch))
-        base = model.run(base_tokens, capture=("z",), grad=True)
-        m_base = metric(Readout(model, base.resid[model.spec.n_layers], batch))
-        zs = [base.acts["z", layer] for layer in range(model.spec.n_layers)]
-        grads = torch.autograd.grad(
-            m_base.sum(), zs
-        )  # rows do not interact, so the sum gives each row its own gradient
-        where = batch.mask(positions).to(m_base.device)
+            prefix = model.run(tokens[0])
+            source = model.run(tokens[1], capture=("z",), base=prefix, first=first)
+            m_source = metric(Readout(model, source.resid[n_layers], batch))
+        base = model.run(tokens[0], capture=("z",), grad=True, base=prefix, first=first)
+        m_base = metric(Readout(model, base.resid[n_layers], batch))
+        zs = [base.acts["z", layer] for layer in range(n_layers)]
+        grads = torch.autograd.grad(m_base.sum(), zs)  # rows do not interact: the sum gives each its own gradient
+        where = batch.mask(positions)[:, first:, None].to(m_base.device)
         for layer, (z, grad) in enumerate(zip(zs, grads, strict=True)):
-            change = (source.acts["z", layer] - z.detach()) * grad  # [B, T, H, d_head]
-            per_head = (change.sum(-1) * where[..., None]).sum(1)  # [B, H]
-            rows = torch.arange(layer * model.spec.n_heads, (layer + 1) * model.spec.n_heads)
+            products = (source.acts["z", layer] - z.detach()) * grad  # [B, T - first, H, d_head]
+            per_head = (products.sum(-1) * where).sum(1)  # [B, H]
+            rows = torch.arange(layer * n_heads, (layer + 1) * n_heads)
             effect[rows[:, None], batch.index] = per_head.T.cpu().to(effect.dtype)
         gap[batch.index] = (m_source - m_base.detach()).cpu().to(gap.dtype)
         base_metric[batch.index] = m_base.detach().cpu().to(gap.dtype)

@@ -12,6 +12,7 @@ from attnlab.circuits.metrics import Metric, Readout, choice_accuracy
 from attnlab.circuits.model import Edit, HookedLM, Node
 from attnlab.circuits.pairs import Batch, Pairs
 from attnlab.circuits.patching import _chunks, _group, _start
+from attnlab.lab import progress
 
 Weights = Callable[[Batch], Tensor]  # attention to force, [B, T], each row summing to 1
 
@@ -54,7 +55,7 @@ def force_pattern(
         )
     result = np.empty((len(metrics), len(chosen), len(pairs)))
     with torch.no_grad():
-        for batch in pairs.batches(size=32):
+        for batch in progress(list(pairs.batches(size=32)), f"forcing patterns, {pairs.name}"):
             base = model.run(batch.clean)
             final = base.resid[model.spec.n_layers]
             where = batch.mask(from_position).to(final.device)

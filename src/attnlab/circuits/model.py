@@ -194,16 +194,20 @@ class HookedLM:
         edits: Sequence[Edit] = (),
         capture: Iterable[str] = (),
         grad: bool = False,
+        base: Run | None = None,
+        first: int = 0,
     ) -> Run:
         """Run the whole model on ``tokens`` [B, T] (no padding) and keep every residual, key and value.
 
-        With ``grad=True`` the captured activations carry gradients (those of the parameters are never computed).
+        With ``grad=True`` the captured activations carry gradients (those of the parameters are never computed). If
+        ``base`` ran on prompts with the same tokens before position ``first``, only ``first ..`` are run.
         """
         with torch.no_grad():
-            resid = self.bridge(tokens.to(self.device), stop_at_layer=0)  # [B, T, d_model]
+            resid = self.bridge(tokens.to(self.device), stop_at_layer=0)[:, first:]  # [B, T - first, d_model]
         if grad:
             resid = resid.detach().requires_grad_(True)
-        return self._blocks({0: resid}, self.spec.n_layers, _KeyValues(), edits, capture, grad)
+        cache = _KeyValues(base.kv if base else None, first)
+        return self._blocks({0: resid}, self.spec.n_layers, cache, edits, capture, grad)
 
     def resume(
         self,

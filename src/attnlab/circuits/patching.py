@@ -17,6 +17,7 @@ from attnlab.circuits.metrics import Metric, Readout, logit_diff
 from attnlab.circuits.model import INPUT, Edit, HookedLM, Node, Run
 from attnlab.circuits.pairs import Batch, Pairs
 from attnlab.circuits.scores import Group, Scores
+from attnlab.lab import progress
 
 Direction = Literal["noise", "denoise"]
 #: rows x prompt tokens of one patched forward: their keys and values are held at once; larger is no faster on two cores
@@ -52,7 +53,7 @@ def activation_patch(
     gap, base_metric = torch.empty(2, len(pairs), dtype=torch.float64)
     effect = torch.empty(len(chosen), len(pairs), dtype=torch.float64)
     kinds = ("z", "mlp_out") if any(node.head is None for group in chosen for node in group) else ("z",)
-    for batch in pairs.batches():
+    for batch in progress(list(pairs.batches()), f"patching, {pairs.name}"):
         with torch.no_grad():
             base, source = _both_runs(model, batch, direction, kinds)
             m_base, m_source = (metric(Readout(model, run.resid[model.spec.n_layers], batch)) for run in (base, source))
@@ -138,7 +139,7 @@ def path_patch(
     gap, base_metric = torch.empty(2, len(pairs), dtype=torch.float64)
     # a sender at or above the highest receiver cannot reach it: exactly 0
     effect = torch.zeros(len(chosen), len(pairs), dtype=torch.float64)
-    for batch in pairs.batches():
+    for batch in progress(list(pairs.batches()), f"paths, {pairs.name}"):
         with torch.no_grad():
             base, source = _both_runs(model, batch, direction, ("z", "mlp_out") if freeze == "heads+mlps" else ("z",))
             m_base, m_source = (metric(Readout(model, run.resid[n_layers], batch)) for run in (base, source))

@@ -15,6 +15,7 @@ from attnlab.circuits.circuit_reuse import Repair
 from attnlab.circuits.model import Node
 from attnlab.circuits.pairs import Pairs
 from attnlab.circuits.scores import Scores
+from attnlab.claims import bootstrap_mean
 from attnlab.figures.palette import BOTH, CONTROL, NEGATIVE, OURS, PAPER, SOFTMAX
 from attnlab.figures.twin import Twin, twin
 
@@ -134,7 +135,6 @@ def reuse_map(heads: pd.DataFrame, attention: pd.DataFrame, k: int = 27, picked:
     bars = (
         alt.Chart(attention)
         .transform_filter(pick)
-        .transform_calculate(where="datum.task + ': ' + datum.to")
         .mark_bar(cornerRadius=2, height=13)
         .encode(
             x=alt.X(
@@ -143,14 +143,17 @@ def reuse_map(heads: pd.DataFrame, attention: pd.DataFrame, k: int = 27, picked:
                 scale=alt.Scale(domain=[0, 1]),
                 axis=alt.Axis(format="%", tickCount=4),
             ),
-            y=alt.Y("where:N", title=None, sort=None, axis=alt.Axis(labelLimit=190)),
+            y=alt.Y("to:N", title=None, sort=None),
             color=alt.Color("task:N", scale=alt.Scale(domain=[FIRST, SECOND], range=[SOFTMAX, NEGATIVE]), legend=None),
-            tooltip=["head:N", "where:N", alt.Tooltip("attention:Q", format=".2f")],
+            tooltip=["head:N", "task:N", "to:N", alt.Tooltip("attention:Q", format=".2f")],
         )
         .properties(
             width=150,
             height=110,
-            title=alt.TitleParams(text=alt.expr("'Where head ' + (pick.head ? pick.head[0] : '?') + ' looks'")),
+            title=alt.TitleParams(
+                text=alt.expr("'Where head ' + (pick.head ? pick.head[0] : '?') + ' looks'"),
+                subtitle="blue: IOI, orange: Colored Objects",
+            ),
         )
     )
     stacked: alt.VConcatChart = alt.vconcat(maps, shared, bars, spacing=10)
@@ -161,30 +164,39 @@ def overlap_chart(curves: Mapping[str, pd.DataFrame]) -> alt.LayerChart:
     """Heads shared against list length for each pair of tasks, over the band of random lists (mean to 99% quantile)."""
     lines = pd.concat([curve.assign(pair=pair) for pair, curve in curves.items()])
     first = next(iter(curves))
+    largest = int(lines.k.max())
     x = alt.X(
-        "k:Q", title="heads in each list", scale=alt.Scale(type="log"), axis=alt.Axis(values=[3, 5, 8, 14, 27, 54, 135])
+        "k:Q",
+        title="heads in each list",
+        scale=alt.Scale(type="log", domain=[int(lines.k.min()), largest], nice=False),
+        axis=alt.Axis(values=[3, 5, 8, 14, 27, 54, 135]),
     )
-    y = alt.Y("overlap:Q", title="heads in both lists", scale=alt.Scale(type="symlog", constant=2))
-    band = (
-        alt.Chart(lines[lines.pair == first])
-        .mark_area(opacity=0.25, color=CONTROL)
-        .encode(x=x, y=alt.Y("chance:Q", title="heads in both lists"), y2="chance_high:Q")
+    y = alt.Y(
+        "overlap:Q",
+        title="heads in both lists",
+        scale=alt.Scale(type="symlog", constant=2, domain=[0, largest]),
+        axis=alt.Axis(values=[0, 2, 5, 10, 20, 50, 100]),
     )
+    random = alt.Chart(lines[lines.pair == first])
+    band = random.mark_area(opacity=0.25, color=CONTROL).encode(x=x, y=alt.Y("chance:Q"), y2="chance_high:Q")
     domain = list(curves)
     colour = alt.Color(
         "pair:N",
         scale=alt.Scale(domain=domain, range=[BOTH, CONTROL, NEGATIVE][: len(domain)]),
         legend=alt.Legend(title=None, orient="top", columns=1),
     )
-    base = alt.Chart(lines).encode(x=x, y=y, color=colour)
     tooltip = [
-        "pair:N",
+        alt.Tooltip("pair:N", title="tasks"),
         alt.Tooltip("k:Q", title="heads in each list"),
-        alt.Tooltip("overlap:Q", title="shared"),
-        alt.Tooltip("chance:Q", format=".1f"),
+        alt.Tooltip("overlap:Q", title="in both"),
+        alt.Tooltip("chance:Q", title="in both by chance", format=".1f"),
+        alt.Tooltip("chance_high:Q", title="99% of chance below"),
     ]
-    marks = base.mark_line(strokeWidth=2.5) + base.mark_point(filled=True, size=60).encode(tooltip=tooltip)
-    return (band + marks).properties(width=300, height=250)
+    drawn = alt.Chart(lines).encode(x=x, y=y, color=colour)
+    marks = drawn.mark_line(strokeWidth=2.5) + drawn.mark_point(filled=True, size=60, opacity=1).encode(tooltip=tooltip)
+    title = "Do the lists of two tasks agree more than random lists?"
+    chart: alt.LayerChart = band + marks
+    return chart.properties(width=300, height=250, title=title)
 
 
 def repair_chart(outcome: Repair, named: Mapping[str, str], random: Sequence[int]) -> alt.LayerChart:
@@ -193,16 +205,12 @@ def repair_chart(outcome: Repair, named: Mapping[str, str], random: Sequence[int
     ``named`` maps rows of ``outcome`` (by name) to labels, ``random`` lists the rows of the control.
     """
     rows = []
-    base = 100 * outcome.choice[0].mean()
     for name, label in named.items():
-        gain, (low, high) = outcome.gain(outcome.names.index(name))
-        rows.append(
-            {"forced": label, "accuracy": base + gain, "low": base + low, "high": base + high, "kind": "named heads"}
-        )
+        correct = 100 * outcome.choice[outcome.names.index(name)]
+        low, high = bootstrap_mean(correct)
+        rows.append({"forced": label, "accuracy": correct.mean(), "low": low, "high": high})
     label = f"{len(random)} random groups"
-    ticks = pd.DataFrame(
-        [{"forced": label, "accuracy": 100 * outcome.choice[i].mean(), "kind": "random groups"} for i in random]
-    )
+    ticks = pd.DataFrame([{"forced": label, "accuracy": 100 * outcome.choice[i].mean()} for i in random])
     table = pd.DataFrame(rows)
     order = [*table.forced, label]
     x = alt.X("accuracy:Q", title="three-way accuracy, percent", scale=alt.Scale(domain=[0, 100]))
@@ -223,7 +231,9 @@ def repair_chart(outcome: Repair, named: Mapping[str, str], random: Sequence[int
         .mark_tick(color=CONTROL, thickness=2, height=16)
         .encode(x=x, y=y, tooltip=[alt.Tooltip("accuracy:Q", format=".1f")])
     )
-    return (chance + spans + points + strips).properties(width=200, height=30 * len(order))
+    title = "Which heads, forced to look at the wrong colours, make the model right?"
+    chart: alt.LayerChart = chance + spans + points + strips
+    return chart.properties(width=200, height=30 * len(order), title=title)
 
 
 def attention_row(words: Sequence[str], weights: np.ndarray, title: str | list[str]) -> alt.Chart:
@@ -241,7 +251,7 @@ def attention_row(words: Sequence[str], weights: np.ndarray, title: str | list[s
                 scale=alt.Scale(domain=[0, 1]),
                 axis=alt.Axis(format="%", tickCount=4),
             ),
-            y=alt.Y("token:N", sort=None, title=None),
+            y=alt.Y("token:N", sort=None, title=None, axis=alt.Axis(labelOverlap=False)),
             tooltip=["token:N", alt.Tooltip("attention:Q", format=".3f")],
         )
         .properties(width=190, height=17 * len(words), title=title)
