@@ -92,14 +92,13 @@ def execute(chapters: list[Chapter]) -> int:
 
 
 def settings(workers: int) -> dict[str, str]:
-    """Environment of the kernels: static figures, no progress bars, no network, an even share of the cores."""
+    """Environment of the kernels: static figures without progress bars, no network, an even share of the cores."""
     threads = str(max(1, (os.cpu_count() or 1) // workers))
     return {
         "ATTNLAB_BOOK": "1",
         "ATTNLAB_OUT": str(OUT),
         "ATTNLAB_THREADS": threads,
         "OMP_NUM_THREADS": threads,
-        "TQDM_DISABLE": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT),  # for the plugin tools.progress; kernels import the installed package
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",

@@ -111,7 +111,12 @@ def notebook(paper: papers.Paper) -> dict[str, Any]:
     cells: list[dict[str, Any]] = []
     for number, section in enumerate(SECTIONS):
         if section is None:
-            code = {"cell_type": "code", "metadata": {"tags": ["hide-input"]}, "outputs": [], "execution_count": None}
+            code: dict[str, Any] = {
+                "cell_type": "code",
+                "metadata": {"tags": ["hide-input"]},
+                "outputs": [],
+                "execution_count": None,
+            }
             cells.append(
                 code | {"id": f"cell-{number:02d}", "source": FIRST_CELL.format(slug=paper.slug).splitlines(True)}
             )

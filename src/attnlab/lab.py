@@ -119,7 +119,9 @@ def seed(n: int) -> None:
 
 
 def progress(iterable: Iterable[T], desc: str = "", total: int | None = None) -> Iterable[T]:
-    """Iterate with a progress bar (a widget in a notebook, text elsewhere); ``TQDM_DISABLE=1`` silences it."""
+    """Iterate with a progress bar (a widget in a notebook, text elsewhere); the book's pages show none."""
+    if in_book():
+        return iterable
     from tqdm.auto import tqdm
 
     bar: Iterable[T] = tqdm(iterable, desc=desc or None, total=total)

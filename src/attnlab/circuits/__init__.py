@@ -4,6 +4,7 @@ Start with ``model = HookedLM(pretrained.load("smollm2-135m-instruct"))``, make 
 score heads with :func:`activation_patch`, :func:`path_patch` or :func:`attribution_patch`.
 """
 
+from attnlab.circuits import tasks
 from attnlab.circuits.attribution import attention_rows, attention_to, attribution_patch, direct_logit_attribution
 from attnlab.circuits.interventions import force_pattern, uniform_over
 from attnlab.circuits.metrics import (
@@ -54,6 +55,7 @@ __all__ = [
     "overlap_interval",
     "path_patch",
     "prob_diff",
+    "tasks",
     "top_share",
     "uniform_over",
 ]

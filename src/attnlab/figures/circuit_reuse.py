@@ -157,7 +157,8 @@ def reuse_map(heads: pd.DataFrame, attention: pd.DataFrame, k: int = 27, picked:
         )
     )
     stacked: alt.VConcatChart = alt.vconcat(maps, shared, bars, spacing=10)
-    return stacked.add_params(top, other).resolve_scale(color="independent")
+    titled: alt.VConcatChart = stacked.properties(title="Which heads matter to both tasks?")
+    return titled.add_params(top, other).resolve_scale(color="independent")
 
 
 def overlap_chart(curves: Mapping[str, pd.DataFrame]) -> alt.LayerChart:
