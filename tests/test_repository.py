@@ -10,6 +10,7 @@ import tomllib
 import pytest
 import yaml
 
+from tools import lock
 from tools.chapters import ROOT
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -58,6 +59,10 @@ def test_modules_can_be_held_in_the_head() -> None:
         name: text.count("\n") for name, text in texts().items() if name.startswith("src/") and name.endswith(".py")
     }
     assert {name: lines for name, lines in long.items() if lines > 500} == {}
+
+
+def test_environment_yml_is_what_the_lock_says() -> None:
+    assert lock.ENVIRONMENT.read_text(encoding="utf-8") == lock.environment(), "run make lock"
 
 
 def test_dependencies_have_lower_bounds_and_no_needless_caps() -> None:

@@ -31,7 +31,6 @@ def steps() -> list[Step]:
         Step("format", [str(tool("ruff")), "format", "--check", "."]),
         Step("types", [str(tool("mypy"))]),
         Step("import directions", [str(tool("lint-imports"))]),
-        Step("lock and environment.yml agree", [python, "-m", "tools.lock", "--check"]),
         Step(
             "unit tests",
             [*pytest, "tests", "--ignore=tests/book", "--ignore=tests/notebooks", "--ignore=tests/interpreter"],

@@ -1,7 +1,6 @@
 """Resolve ``pyproject.toml`` into ``requirements.lock`` and write ``environment.yml`` from it: ``python -m tools.lock``.
 
-``--check`` only tells whether ``environment.yml`` fits the lock. GPU libraries are left out of the lock: torch brings those that
-its build needs, and a CPU build needs none.
+GPU libraries are left out of the lock: torch brings those that its build needs, and a CPU build needs none.
 """
 
 from __future__ import annotations
@@ -42,11 +41,6 @@ def environment() -> str:
 
 
 def main() -> int:
-    if sys.argv[1:] == ["--check"]:
-        if ENVIRONMENT.read_text(encoding="utf-8") != environment():
-            print("error: environment.yml does not fit requirements.lock; run make lock", file=sys.stderr)
-            return 1
-        return 0
     LOCK.write_text(resolve(), encoding="utf-8")
     ENVIRONMENT.write_text(environment(), encoding="utf-8")
     print(

@@ -101,3 +101,8 @@ def test_search_finds_a_word(reader):
     expect(page.locator("#search-results ul.search li a").first).to_be_visible()
     assert visitor.foreign == []
     assert visitor.errors == []
+
+
+def test_a_page_is_light(build, name):
+    weight = (build / "html" / f"{name}.html").stat().st_size
+    assert weight <= 1_500_000, f"{name} weighs {weight / 1e6:.1f} MB; show less, or shorten a chart's data"
