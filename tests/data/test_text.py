@@ -85,3 +85,53 @@ class TestVocabulary:
     def test_numbers_without_a_character_are_refused(self, wrong):
         with pytest.raises(ValueError, match="integers from 0 to 95"):
             data.char_vocab.decode(np.array(wrong))
+
+
+class TestPieces:
+    ids = np.arange(100, 137)
+
+    def test_windows_are_consecutive_and_begin_everywhere(self):
+        found = data.windows(np.random.default_rng(0), self.ids, 2000, 8)
+        assert found.shape == (2000, 9)
+        assert found.dtype == np.int64
+        assert (np.diff(found, axis=1) == 1).all()
+        assert set(found[:, 0]) == set(range(100, 129))
+        assert found.max() == 136
+
+    def test_the_generator_decides(self):
+        first, second, third = (data.windows(np.random.default_rng(seed), self.ids, 5, 4) for seed in (1, 1, 2))
+        assert np.array_equal(first, second)
+        assert not np.array_equal(first, third)
+
+    @pytest.mark.parametrize("length", [1, 4, 5, 36])
+    def test_blocks_predict_each_token_once(self, length):
+        found = data.blocks(self.ids, length)
+        predicted = found[:, 1:].ravel()
+        assert np.array_equal(predicted, self.ids[1 : 1 + len(predicted)])
+        assert len(self.ids) - 1 - len(predicted) < length
+        assert np.array_equal(found[1:, 0], found[:-1, -1])
+
+    def test_fewer_blocks_are_the_first(self):
+        assert np.array_equal(data.blocks(self.ids, 5, 3), data.blocks(self.ids, 5)[:3])
+
+    def test_pieces_are_copies(self):
+        ids = self.ids.copy()
+        data.windows(np.random.default_rng(0), ids, 3, 4)[:] = 0
+        data.blocks(ids, 4)[:] = 0
+        assert np.array_equal(ids, self.ids)
+
+    @pytest.mark.parametrize("pieces", [lambda ids, n: data.windows(np.random.default_rng(0), ids, 2, n), data.blocks])
+    def test_a_row_that_is_too_short_is_refused(self, pieces):
+        assert pieces(self.ids, 36).shape[1] == 37
+        with pytest.raises(ValueError, match=r"ids: a row of at least 38 tokens is wanted, not \[37\]"):
+            pieces(self.ids, 37)
+        with pytest.raises(ValueError, match="length: a positive number is wanted, not 0"):
+            pieces(self.ids, 0)
+        with pytest.raises(ValueError, match="ids: a row"):
+            pieces(self.ids[None], 2)
+
+    def test_counts_that_do_not_fit_are_refused(self):
+        with pytest.raises(ValueError, match="batch: a positive number is wanted, not 0"):
+            data.windows(np.random.default_rng(0), self.ids, 0, 4)
+        with pytest.raises(ValueError, match="count: from 1 to 9 pieces of 4 are there, not 10"):
+            data.blocks(self.ids, 4, 10)

@@ -9,7 +9,10 @@ IGNORE = -100  # a target that counts for nothing: the default ``ignore_index`` 
 
 
 class Recall(NamedTuple):
-    """A batch of recall sequences: ``tokens`` [B, T] and ``targets`` [B, T], which are ``IGNORE`` off the queries."""
+    """A batch of recall sequences: ``tokens`` [B, T] and ``targets`` [B, T], which are ``IGNORE`` off the queries.
+
+    In :func:`paired_recall` the tokens are [B, T, 2], two at every place.
+    """
 
     tokens: NDArray[np.int64]
     targets: NDArray[np.int64]
@@ -52,6 +55,77 @@ def mqar(rng: np.random.Generator, batch: int, pairs: int, length: int, vocab: i
     targets = np.full((batch, length), IGNORE, dtype=np.int64)
     np.put_along_axis(targets, places, values, axis=1)
     return Recall(tokens, targets)
+
+
+def key_value_recall(rng: np.random.Generator, batch: int, pairs: int, keys: int, values: int) -> Recall:
+    """Key-value pairs, then one of their keys: tell its value. ``k1 v1 k2 v2 ... kn vn k2``.
+
+    A model must look for what the query names. The yardstick is to name the most frequent value without regard to the
+    query: it is right more often than once in ``values`` times, 0.41 of the time for 4 pairs and 8 values.
+
+    Args:
+        rng: draws keys, values and queries.
+        batch: B, sequences.
+        pairs: pairs a sequence, with different keys; T is ``2 * pairs + 1``.
+        keys: tokens ``0 .. keys - 1``.
+        values: tokens ``keys .. keys + values - 1``, so the vocabulary is ``keys + values``.
+
+    Raises:
+        ValueError: a size that is not positive, or fewer keys than pairs.
+    """
+    named, told, asked, answer = _pairs_and_query(rng, batch, pairs, keys, values)
+    tokens = np.empty((batch, 2 * pairs + 1), dtype=np.int64)
+    tokens[:, 0:-1:2] = named
+    tokens[:, 1::2] = told
+    tokens[:, -1] = asked
+    return Recall(tokens, _only_last(answer, tokens.shape[1]))
+
+
+def paired_recall(rng: np.random.Generator, batch: int, pairs: int, keys: int, values: int) -> Recall:
+    """The same question with key and value at one place: ``(k1, v1) ... (kn, vn) (k2, blank)``, T = ``pairs + 1``.
+
+    A model adds the two embeddings of a place, so that one layer of attention suffices: in :func:`key_value_recall` a
+    value stands beside its key, and a first layer has to bring them together.
+
+    Args:
+        rng: draws keys, values and queries.
+        batch: B, sequences.
+        pairs: pairs a sequence, with different keys.
+        keys: tokens ``0 .. keys - 1``.
+        values: tokens ``keys .. keys + values - 1``; the blank is ``keys + values``, the last of the vocabulary.
+
+    Returns:
+        tokens [B, T, 2] and targets [B, T].
+
+    Raises:
+        ValueError: a size that is not positive, or fewer keys than pairs.
+    """
+    named, told, asked, answer = _pairs_and_query(rng, batch, pairs, keys, values)
+    blank = np.full((batch, 1), keys + values, dtype=np.int64)
+    tokens = np.stack([np.hstack([named, asked[:, None]]), np.hstack([told, blank])], axis=2)
+    return Recall(tokens, _only_last(answer, pairs + 1))
+
+
+def _pairs_and_query(
+    rng: np.random.Generator, batch: int, pairs: int, keys: int, values: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Keys and values [batch, pairs], the key asked for and its value [batch]."""
+    for name, size in {"batch": batch, "pairs": pairs, "keys": keys, "values": values}.items():
+        if size <= 0:
+            raise ValueError(f"{name}: a positive number is wanted, not {size}")
+    if pairs > keys:
+        raise ValueError(f"keys: {pairs} pairs need as many different keys, not {keys}")
+    named = _distinct(rng, batch, keys, pairs)
+    told = rng.integers(keys, keys + values, size=(batch, pairs))
+    row, column = np.arange(batch), rng.integers(pairs, size=batch)
+    return named, told, named[row, column], told[row, column]
+
+
+def _only_last(answer: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+    """Targets [B, length]: the answer [B] at the end, nothing before."""
+    targets = np.full((len(answer), length), IGNORE, dtype=np.int64)
+    targets[:, -1] = answer
+    return targets
 
 
 def _distinct(rng: np.random.Generator, batch: int, below: int, count: int) -> NDArray[np.int64]:

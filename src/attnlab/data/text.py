@@ -68,6 +68,57 @@ def text(n_chars: int | None = None, split: Literal["train", "validation"] = "tr
     return whole[:n_chars]
 
 
+def windows(rng: np.random.Generator, ids: NDArray[np.integer], batch: int, length: int) -> NDArray[np.int64]:
+    """Random pieces of a long row of tokens, for training a language model.
+
+    Args:
+        rng: draws where they begin, every place with the same chance.
+        ids: [N], such as ``char_vocab.encode(text())``.
+        batch: B, pieces.
+        length: T, predictions a piece.
+
+    Returns:
+        [B, T + 1]: inputs are all but the last column, targets all but the first.
+
+    Raises:
+        ValueError: a size that is not positive, or a row too short for one piece.
+    """
+    if batch <= 0:
+        raise ValueError(f"batch: a positive number is wanted, not {batch}")
+    _check_pieces(ids, length)
+    starts = rng.integers(len(ids) - length, size=batch)
+    return ids[starts[:, None] + np.arange(length + 1)].astype(np.int64)
+
+
+def blocks(ids: NDArray[np.integer], length: int, count: int | None = None) -> NDArray[np.int64]:
+    """Pieces one after the other, for evaluation: each token is predicted once, as far as whole pieces reach.
+
+    Args:
+        ids: [N].
+        length: T, predictions a piece.
+        count: only so many pieces from the start; left out, all of them.
+
+    Returns:
+        [B, T + 1]; the last token of a piece is the first of the next.
+
+    Raises:
+        ValueError: a length that is not positive, or more pieces than there are.
+    """
+    _check_pieces(ids, length)
+    whole = (len(ids) - 1) // length
+    count = whole if count is None else count
+    if not 0 < count <= whole:
+        raise ValueError(f"count: from 1 to {whole} pieces of {length} are there, not {count}")
+    return ids[np.arange(count)[:, None] * length + np.arange(length + 1)].astype(np.int64)
+
+
+def _check_pieces(ids: NDArray[np.integer], length: int) -> None:
+    if length <= 0:
+        raise ValueError(f"length: a positive number is wanted, not {length}")
+    if ids.ndim != 1 or len(ids) <= length:
+        raise ValueError(f"ids: a row of at least {length + 1} tokens is wanted, not {list(ids.shape)}")
+
+
 @cache
 def _text(split: str) -> str:
     files = _modules()
