@@ -1,0 +1,191 @@
+"""Linear attention with scalar decay, on any machine: Triton on a GPU, the chunked torch form elsewhere, one signature.
+
+It is the core of Lightning Attention-2, TransNormerLLM, RetNet (on rotated queries and keys), simple GLA and Mamba-2.
+Taught in the chapters ``kernels/lightning-attention-2`` and ``kernels/lightning-attention``.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from attnlab.kernels.dispatch import on_gpu, rows
+from attnlab.mixers import checks, recurrence
+
+WIDEST = 256  # a state of 256 x 64 still fits into the registers of one program
+
+
+@overload
+def linear_decay_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_state: Literal[True] = True,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_decay_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_state: Literal[False],
+) -> tuple[Tensor, None]: ...
+def linear_decay_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_state: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """``o_t = scale * sum_{s <= t} exp(L_t - L_s) (q_t . k_s) v_s`` with L the running sum of the log decay.
+
+    Differentiable in every argument but `scale`, also through the states. (The gradient of the decay is a small difference of two
+    large sums: on a GPU use float32 inputs where a decay is learned; in half precision it keeps only its leading digits, or none.) Inputs may be strided views, such as slices of one
+    joint projection; only the last axis must be contiguous, else it is copied once. On a GPU float32, bfloat16 and
+    float16 run in Triton with float32 states; float64 falls back to torch with a warning.
+
+    Args:
+        q, k: queries and keys, [B, T, H, K]; K at most 256, best a power of two.
+        v: values, [B, T, H, V]; V at most 256.
+        log_decay: log of the decay, at most 0: [H] one a head, or [B, T, H] one a token.
+        scale: K ** -0.5 by default.
+        initial_state: [N, H, K, V], float32; N = B, or the number of packed sequences.
+        return_state: whether to write the state after the last token; without it the GPU writes 4 to 6 % less.
+        cu_seqlens: int tensor [N + 1], 0 = first < ... < last = T: B = 1 holds N sequences one after the other.
+
+    Returns:
+        Outputs [B, T, H, V] in the dtype of `v`, and the state after the last token of every sequence, [N, H, K, V], float32
+        (float64 for float64 inputs), or None without `return_state`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, T = 0, a positive or NaN log decay (on a GPU, where looking would
+            stall the stream, only `cu_seqlens` and log decays of shape [H] are looked at, the latter once each).
+    """
+    _check(q, k, v, log_decay, initial_state, cu_seqlens)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if scale == 0:
+        raise ValueError("scale=0 makes every output 0; leave it out for K ** -0.5")
+    if not on_gpu("linear_decay_attention", q):
+        out, final = _torch_form(q, k, v, log_decay, scale, initial_state, cu_seqlens)
+        return out, final if return_state else None
+    from attnlab.kernels.decay_sweep import LinearDecay, tiles_for
+
+    q, k, v = rows(q), rows(k), rows(v)
+    start = None if initial_state is None else initial_state.float().contiguous()
+    tiles = tiles_for(q, v, packed=cu_seqlens is not None)
+    with torch.cuda.device(q.device):
+        return LinearDecay.apply(q, k, v, log_decay.float().contiguous(), start, scale, cu_seqlens, tiles, return_state)
+
+
+def _torch_form(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The chunked form of `attnlab.mixers`, one sequence after the other where several are packed."""
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q, k, w, log_decay = q.to(work), k.to(work), v.to(work), log_decay.to(work)
+    start = None if initial_state is None else initial_state.to(work)
+    if cu_seqlens is None:
+        out, final = recurrence.chunked(q, k, w, log_decay, scale=scale, initial_state=start)
+        return out.to(v.dtype), final
+    bounds = cu_seqlens.tolist()
+    outs, finals = [], []
+    for n, (first, last) in enumerate(pairwise(bounds)):
+        piece = slice(first, last)
+        out, final = recurrence.chunked(
+            q[:, piece],
+            k[:, piece],
+            w[:, piece],
+            log_decay if log_decay.dim() == 1 else log_decay[:, piece],
+            scale=scale,
+            initial_state=None if start is None else start[n : n + 1],
+        )
+        outs.append(out)
+        finals.append(final)
+    return torch.cat(outs, 1).to(v.dtype), torch.cat(finals)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
+    """Raise ValueError for anything that the kernels would read wrongly."""
+    checks.rank("q", q, "[B, T, H, K]")
+    checks.rank("v", v, "[B, T, H, V]")
+    batch, length, heads, width = q.shape
+    checks.shape("k", k, (batch, length, heads, width), "[B, T, H, K] of q")
+    checks.shape("v", v, (batch, length, heads, v.shape[3]), "[B, T, H, V] with B, T, H of q")
+    for name, size in (("K", width), ("V", v.shape[3])):
+        if size > WIDEST:
+            raise ValueError(f"{name}={size} is wider than a program can hold; use heads of at most {WIDEST} channels")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name}: dtype {x.dtype}, but q has {q.dtype}; cast one of them")
+    if not q.dtype.is_floating_point:
+        raise ValueError(f"q: dtype {q.dtype}, but a floating dtype is wanted; cast q, k and v")
+    others = {"k": k, "v": v, "log_decay": log_decay, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
+    for name, given in others.items():
+        if given is not None and given.device != q.device:
+            raise ValueError(f"{name}: on {given.device}, but q is on {q.device}; move one of them")
+    if log_decay.dim() == 4:
+        raise ValueError(
+            "log_decay: [B, T, H, K] decays every channel on its own; use attnlab.mixers.recurrence.chunked"
+        )
+    if log_decay.is_cuda and log_decay.dim() != 1:
+        checks.shape("log_decay", log_decay, (batch, length, heads), "[B, T, H] of q")
+    else:
+        _check_decay(log_decay, (batch, length, heads, width))
+    sequences = batch
+    if cu_seqlens is not None:
+        sequences = _check_bounds(cu_seqlens, batch, length)
+    if initial_state is not None:
+        wanted = (sequences, heads, width, v.shape[3])
+        checks.shape("initial_state", initial_state, wanted, "[N, H, K, V]")
+
+
+_SEEN = WeakTensorKeyDictionary()  # head decays that were looked at, with their version
+
+
+def _check_decay(log_decay: Tensor, sizes: tuple[int, int, int, int]) -> None:
+    """The values of a log decay; those of a module's constant buffer on a GPU are read once, not in every step."""
+    keep = log_decay.is_cuda and not log_decay.is_inference()  # inference tensors do not count their changes
+    if keep and _SEEN.get(log_decay) == log_decay._version and log_decay.shape == sizes[2:3]:
+        return
+    checks.log_decay(log_decay.detach(), sizes)
+    if keep:
+        _SEEN[log_decay] = log_decay._version
+
+
+def _check_bounds(cu_seqlens: Tensor, batch: int, length: int) -> int:
+    """The number of packed sequences."""
+    if batch != 1:
+        raise ValueError(f"cu_seqlens: packs sequences into one row, but q has B={batch}; reshape to B=1")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens: {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}, but [N + 1] int32 or int64 is wanted"
+        )
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != length or any(a >= b for a, b in pairwise(bounds)):
+        raise ValueError(f"cu_seqlens: {bounds[:6]}... must rise strictly from 0 to T={length}")
+    return len(bounds) - 1

@@ -1,0 +1,374 @@
+"""The kernels on a GPU: every output and gradient against float64, races, memory, and what only a GPU can get wrong.
+
+Errors are relative Frobenius norms: float32 below 1e-5, bfloat16 below 1e-2 and at most twice that of torch on the same
+bfloat16 inputs. The reference sees the inputs after they were rounded, so what is measured is the kernel alone.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnlab.kernels import dispatch
+from attnlab.kernels.aaren_scan import aaren_scan
+from attnlab.kernels.causal_flow import causal_flow
+from attnlab.kernels.linear_decay import linear_decay_attention
+from attnlab.mixers import aaren, causal_flow_attention, recurrence
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 5e-3}
+DECAY = "gradient of log_decay"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes [B, T, H, K, V], the decay (``none``, ``head`` or ``token``), and whether a state comes in."""
+
+    dtype: torch.dtype
+    width: int
+    values: int
+    decay: str
+    length: int = 1000
+    batch: int = 2
+    heads: int = 3
+    state: bool = True
+    bounds: tuple[int, ...] | None = None
+
+    @property
+    def sequences(self) -> int:
+        return self.batch if self.bounds is None else len(self.bounds) - 1
+
+    def __str__(self) -> str:
+        parts = [str(self.dtype).removeprefix("torch."), f"T{self.length}", f"K{self.width}", f"V{self.values}"]
+        return "-".join([*parts, self.decay, *(["packed"] if self.bounds else [])])
+
+
+@pytest.fixture
+def draw() -> Callable[..., Tensor]:
+    """Normal float32 tensors on the GPU, from one seed."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=generator, device="cuda")
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> None:
+    """What the kernels allocate next holds NaN: a value that is read before it is written shows."""
+    del_me = torch.full((2**28,), torch.nan, device="cuda")  # 1 GiB, back in the allocator's cache on return
+    del del_me
+
+
+def inputs(case: Case, draw) -> dict[str, Tensor]:
+    """Leaves by name; decays remember 2 to 50 tokens."""
+    shape = (case.batch, case.length, case.heads)
+    x = {"q": draw(*shape, case.width), "k": draw(*shape, case.width), "v": draw(*shape, case.values)}
+    x = {name: part.to(case.dtype) for name, part in x.items()}
+    if case.decay == "token":
+        x["log_decay"] = F.logsigmoid(draw(*shape)) / 8
+    else:
+        rate = 0.0 if case.decay == "none" else 1.0
+        x["log_decay"] = -rate * torch.logspace(math.log10(0.02), math.log10(0.5), case.heads, device="cuda")
+    if case.state:
+        x["initial_state"] = draw(case.sequences, case.heads, case.width, case.values)
+    return {name: part.detach().requires_grad_() for name, part in x.items()}
+
+
+def kernel(case: Case, x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    bounds = None if case.bounds is None else torch.tensor(case.bounds, device="cuda")
+    return linear_decay_attention(**x, cu_seqlens=bounds)
+
+
+def chunked64(case: Case, x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The chunked torch form, one packed sequence after the other."""
+    outs, finals = [], []
+    for n, (first, last) in enumerate(pairwise(case.bounds or (0, case.length))):
+        tokens = {
+            name: part[:, first:last] if part.dim() > 1 else part for name, part in x.items() if name != "initial_state"
+        }
+        start = x.get("initial_state")
+        if start is not None and case.bounds is not None:
+            start = start[n : n + 1]
+        o, final = recurrence.chunked(**tokens, initial_state=start, chunk_size=256 if last - first > 4096 else 64)
+        outs.append(o)
+        finals.append(final)
+    return torch.cat(outs, 1), torch.cat(finals)
+
+
+def plain(case: Case, x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The quadratic form as one writes it in torch, every product in the dtype of the inputs."""
+    q, k, v = x["q"], x["k"], x["v"]
+    running = x["log_decay"].expand(q.shape[:3]).cumsum(1).transpose(1, 2)  # [B, H, T]
+    gap = running[..., :, None] - running[..., None, :]
+    above = torch.ones(gap.shape[-2:], dtype=torch.bool, device="cuda").triu(1)
+    weight = gap.masked_fill(above, -torch.inf).exp().to(q.dtype)
+    scale = q.shape[-1] ** -0.5
+    o = torch.einsum("bhts,bshv->bthv", torch.einsum("bthk,bshk->bhts", q, k) * weight, v)
+    last = running[..., -1:]
+    fading = (last - running).exp().to(q.dtype).transpose(1, 2)[..., None]  # [B, T, H, 1]
+    final = torch.einsum("bthk,bthv->bhkv", k * fading, v).float()
+    if case.state:
+        state = x["initial_state"]
+        kept = running.exp().to(q.dtype).transpose(1, 2)[..., None]
+        o = o + kept * torch.einsum("bthk,bhkv->bthv", q, state.to(q.dtype))
+        final = final + last.exp()[..., None] * state
+    return scale * o, final
+
+
+def everything(form, x: dict[str, Tensor], upstream: list[Tensor]) -> dict[str, Tensor]:
+    """Outputs and gradients by name; `form(x)` returns outputs to which `upstream` belongs, in this order."""
+    outputs = form(x)
+    wanting = {name: part for name, part in x.items() if part.requires_grad}
+    grads = torch.autograd.grad(
+        outputs, list(wanting.values()), [d.to(o) for d, o in zip(upstream, outputs, strict=True)]
+    )
+    named = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+    return named | {f"gradient of {name}": grad for name, grad in zip(wanting, grads, strict=True)}
+
+
+def doubled(x: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: part.detach().double().requires_grad_(part.requires_grad) for name, part in x.items()}
+
+
+def upstream(case: Case, draw) -> list[Tensor]:
+    """Gradients of o and of the final state, o's rounded as it will arrive."""
+    d_out = draw(case.batch, case.length, case.heads, case.values).to(case.dtype)
+    return [d_out, draw(case.sequences, case.heads, case.width, case.values)]
+
+
+def errors(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
+    return {name: float((part.double() - wanted[name]).norm() / wanted[name].norm()) for name, part in got.items()}
+
+
+def below(found: dict[str, float], limit: float | dict[str, float]) -> None:
+    """Every error keeps its limit; the message has all that do not. NaN does not."""
+    limits = limit if isinstance(limit, dict) else dict.fromkeys(found, limit)
+    off = {name: f"{error:.1e} > {limits[name]:.1e}" for name, error in found.items() if not error < limits[name]}
+    assert not off, str(off)
+
+
+def float64_of(case: Case, x: dict[str, Tensor], d: list[Tensor]) -> dict[str, Tensor]:
+    return everything(lambda y: chunked64(case, y), doubled(x), d)
+
+
+BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
+CASES = [
+    *(Case(BFLOAT16, width, width, "token") for width in (32, 64, 100, 128, 256)),
+    *(Case(BFLOAT16, 128, 128, decay) for decay in ("none", "head")),
+    *(Case(BFLOAT16, *sizes, "head") for sizes in ((64, 256), (256, 64), (32, 128))),
+    *(Case(FLOAT32, width, width, "head") for width in (32, 64, 100, 128, 256)),
+    Case(FLOAT32, 64, 64, "token"),
+    Case(FLOAT32, 64, 128, "none", state=False),
+    *(Case(FLOAT16, width, width, "token") for width in (64, 128)),
+    Case(FLOAT16, 256, 256, "none"),
+    Case(BFLOAT16, 64, 64, "token", batch=1, length=4000, bounds=(0, 1, 64, 1063, 4000)),
+    Case(FLOAT32, 64, 64, "head", batch=1, length=4000, bounds=(0, 1, 64, 1063, 4000)),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_outputs_and_gradients(case, draw):
+    x, d = inputs(case, draw), upstream(case, draw)
+    got, wanted = everything(lambda y: kernel(case, y), x, d), float64_of(case, x, d)
+    found = errors(got, wanted)
+    del found[DECAY]  # a test of its own
+    below(found, LIMITS[case.dtype])
+
+
+@pytest.mark.parametrize("decay", ["none", "head", "token"])
+@pytest.mark.parametrize("width", [64, 128])
+def test_at_most_twice_the_error_of_torch_in_bfloat16(width, decay, draw):
+    case = Case(BFLOAT16, width, width, decay)
+    x, d = inputs(case, draw), upstream(case, draw)
+    wanted = float64_of(case, x, d)
+    found = errors(everything(lambda y: kernel(case, y), x, d), wanted)
+    torchs = errors(everything(lambda y: plain(case, y), x, d), wanted)
+    del found[DECAY]  # a test of its own
+    below(found, {name: 2 * error for name, error in torchs.items()})
+
+
+@pytest.mark.parametrize("decay", ["head", "token"])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_gradient_of_the_decay(dtype, decay, draw):
+    """Apart from the others: it is a small difference of large sums, over all later tokens."""
+    case = Case(dtype, 64, 64, decay)
+    x, d = inputs(case, draw), upstream(case, draw)
+    wanted = float64_of(case, x, d)
+    found = errors(everything(lambda y: kernel(case, y), x, d), wanted)
+    below({DECAY: found[DECAY]}, LIMITS[dtype])
+    if dtype == BFLOAT16:
+        torchs = errors(everything(lambda y: plain(case, y), x, d), wanted)
+        below({DECAY: found[DECAY]}, 2 * torchs[DECAY])
+
+
+LONG = [
+    Case(BFLOAT16, 128, 128, "none", batch=1, length=65_536, heads=2),
+    Case(FLOAT32, 64, 64, "none", batch=1, length=65_536, heads=2),
+    Case(FLOAT16, 64, 64, "none", batch=1, length=65_536, heads=2),
+    Case(BFLOAT16, 64, 64, "head", batch=1, length=65_000, heads=8),  # the last of its pieces would be empty
+    Case(FLOAT32, 64, 64, "head", batch=1, length=65_000, heads=8),
+    Case(BFLOAT16, 128, 128, "token", batch=1, length=65_000, heads=2),
+    Case(FLOAT32, 128, 64, "token", batch=1, length=5000, heads=2),
+]
+
+
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_long_sequences_in_pieces(case, draw):
+    x, d = inputs(case, draw), upstream(case, draw)
+    x["log_decay"].requires_grad_(False)
+    found = errors(everything(lambda y: kernel(case, y), x, d), float64_of(case, x, d))
+    below(found, LIMITS[case.dtype])
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[10], LONG[0], LONG[5]], ids=str)
+def test_the_same_inputs_give_the_same_bits(case, draw):
+    """No atomics anywhere, so a difference is a race."""
+    x, d = inputs(case, draw), upstream(case, draw)
+    first = everything(lambda y: kernel(case, y), x, d)
+    for _ in range(10):
+        again = everything(lambda y: kernel(case, y), x, d)
+        different = [name for name in first if not torch.equal(first[name], again[name])]
+        assert not different, different
+
+
+def test_the_state_may_be_left_out(draw):
+    case = Case(BFLOAT16, 64, 64, "token", length=5000, state=False)
+    x = inputs(case, draw)
+    o, nothing = linear_decay_attention(**x, return_state=False)
+    assert nothing is None
+    assert torch.equal(o, kernel(case, x)[0])
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_the_state_carries_across_a_split(dtype, draw):
+    case = Case(dtype, 64, 64, "token", state=False)
+    x = {name: part.detach() for name, part in inputs(case, draw).items()}
+    before, state = linear_decay_attention(**{name: part[:, :333] for name, part in x.items()})
+    after, final = linear_decay_attention(**{name: part[:, 333:] for name, part in x.items()}, initial_state=state)
+    whole, last = chunked64(case, doubled(x))
+    found = errors({"o": torch.cat([before, after], 1), "state": final}, {"o": whole, "state": last})
+    below(found, LIMITS[dtype])
+
+
+def test_float64_falls_back_and_says_so_once(draw):
+    dispatch._warn_fallback.cache_clear()
+    case = Case(FLOAT32, 32, 32, "head", length=100)
+    x = doubled(inputs(case, draw))
+    with pytest.warns(UserWarning, match="linear_decay_attention: no kernel for torch.float64; the slower torch form"):
+        o, final = kernel(case, x)
+    wanted, last = chunked64(case, x)
+    assert torch.equal(o, wanted)
+    assert torch.equal(final, last)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kernel(case, x)
+
+
+def test_views_of_a_joint_projection_are_not_copied(draw, monkeypatch):
+    from attnlab.kernels import decay_sweep
+
+    width, length = 128, 8192
+    joint = draw(1, length, 16, 3 * width).bfloat16()
+    q, k, v = joint.split(width, -1)
+    decay = torch.full((16,), -0.1, device="cuda")
+    linear_decay_attention(q, k, v, decay)  # compiles
+    launched = []
+    sweep = decay_sweep.sweep
+
+    def spy(*tensors, **options):
+        launched.append([x.data_ptr() for x in tensors[:3]])
+        return sweep(*tensors, **options)
+
+    monkeypatch.setattr(decay_sweep, "sweep", spy)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    o, final = linear_decay_attention(q, k, v, decay)
+    extra = torch.cuda.max_memory_allocated() - before - o.nbytes - final.nbytes
+    assert launched == [[q.data_ptr(), k.data_ptr(), v.data_ptr()]]
+    pieces = decay_sweep.tiles_for(q, v).pieces
+    assert extra <= (pieces + 1) * final.nbytes  # what the pieces add to the state, and nothing like a copy:
+    wanted, _ = linear_decay_attention(q.contiguous(), k.contiguous(), v.contiguous(), decay)
+    assert torch.equal(o, wanted)
+
+
+def test_a_sum_as_the_loss_sends_an_expanded_gradient(draw):
+    """All strides of the gradient of ``o.sum()`` are 0."""
+    case = Case(FLOAT32, 64, 64, "head", state=False)
+    x = inputs(case, draw)
+    exact = doubled(x)
+    kernel(case, x)[0].sum().backward()
+    chunked64(case, exact)[0].sum().backward()
+    found = errors({name: x[name].grad for name in "qkv"}, {name: exact[name].grad for name in "qkv"})
+    below(found, LIMITS[FLOAT32])
+
+
+def test_a_head_decay_may_be_used_again_and_is_looked_at_when_it_changed(draw):
+    q = draw(1, 40, 3, 32)
+    decay = torch.tensor([-0.1, -0.2, 0.0], device="cuda")
+    first, _ = linear_decay_attention(q, q, q, decay)
+    again, _ = linear_decay_attention(q, q, q, decay)
+    other, _ = linear_decay_attention(q, q, q, decay.clone())
+    assert torch.equal(first, again)
+    assert torch.equal(first, other)
+    decay += 0.5
+    with pytest.raises(ValueError, match=r"log_decay: up to 0\.5"):
+        linear_decay_attention(q, q, q, decay)
+
+
+def test_inference_mode(draw):
+    with torch.inference_mode():
+        q = draw(1, 40, 3, 32)
+        decay = torch.tensor([-0.1, -0.2, 0.0], device="cuda")
+        o, _ = linear_decay_attention(q, q, q, decay)
+        assert torch.equal(o, linear_decay_attention(q, q, q, decay)[0])
+
+
+def test_arguments_on_two_devices_are_refused(draw):
+    q = draw(1, 40, 3, 32)
+    with pytest.raises(ValueError, match="log_decay: on cpu, but q is on cuda:0; move one of them"):
+        linear_decay_attention(q, q, q, torch.zeros(3))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_gpu_that_is_not_the_current_one(draw):
+    q = draw(1, 40, 3, 32)
+    wanted, _ = linear_decay_attention(q, q, q, torch.zeros(3, device="cuda"))
+    there = q.to("cuda:1")
+    o, _ = linear_decay_attention(there, there, there, torch.zeros(3, device="cuda:1"))
+    assert torch.equal(o.cpu(), wanted.cpu())
+
+
+@pytest.mark.parametrize("length", [1000, 32_768])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_aaren_scan(dtype, length, draw):
+    x = {"s": 2 * draw(1, length, 4), "v": draw(1, length, 4, 64).to(dtype)}
+    x = {name: part.requires_grad_() for name, part in x.items()}
+    d = [draw(1, length, 4, 64).to(dtype)]
+    got = everything(lambda y: [aaren_scan(y["s"], y["v"])[0]], x, d)
+    wanted = everything(lambda y: [aaren(y["s"], y["v"], chunk_size=256)[0]], doubled(x), d)
+    below(errors(got, wanted), LIMITS[dtype])
+
+
+@pytest.mark.parametrize("length", [1000, 4096])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_causal_flow(dtype, length, draw):
+    x = {name: draw(1, length, 3, 64).to(dtype).requires_grad_() for name in "qkv"}
+    d = [draw(1, length, 3, 64).to(dtype)]
+    got = everything(lambda y: [causal_flow(y["q"], y["k"], y["v"])], x, d)
+    wanted = everything(lambda y: [causal_flow_attention(y["q"], y["k"], y["v"])[0]], doubled(x), d)
+    below(errors(got, wanted), LIMITS[dtype])
+
+
+def test_gates_of_another_shape_are_refused(draw):
+    """Last in this file: where nobody looks, it reads out of bounds."""
+    q = draw(1, 40, 3, 32)
+    with pytest.raises(ValueError, match=r"log_decay: shape \(1, 39, 3\)"):
+        linear_decay_attention(q, q, q, -draw(1, 40, 3).abs()[:, 1:])
