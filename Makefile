@@ -12,7 +12,7 @@ help:
 	@echo "make chapter SLUG=circuits/circuit-reuse     one chapter and its page, the five-minute look"
 	@echo "make lab                                     JupyterLab on the workspace"
 	@echo "make serve                                   the rendered book on http://localhost:8000"
-	@echo "make new-chapter PART=circuits SLUG=my-paper a chapter's five files from templates"
+	@echo "make new-chapter PART=... SLUG=...           a chapter's five files from templates"
 	@echo "make lock                                    resolve pyproject.toml again into requirements.lock and environment.yml"
 	@echo "make clean                                   remove what was built (make clean VENV_TOO=1: the environment too)"
 

@@ -1,4 +1,4 @@
-"""Render the book from the executed chapters: ``python -m tools.book [--only circuits/circuit-reuse]``.
+"""Render the book from the executed chapters: ``python -m tools.book [--missing-ok]``.
 
 The pages are laid out in ``_build/site`` as in the repository, the chapters with their outputs, and jupyter-book renders that
 folder. Files that did not change keep their time stamp there, so that Sphinx renders again only what did.
@@ -10,7 +10,6 @@ import argparse
 import copy
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -40,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     lay_out()
-    flags = [] if missing else ["-W", "--keep-going", "-n"]
+    flags = [] if options.missing_ok else ["-W", "--keep-going", "-n"]
     command = [
         str(Path(sys.executable).with_name("jupyter-book")),
         "build",
@@ -88,12 +87,6 @@ def with_outputs(chapter: Chapter) -> dict[str, Any]:
     for cell, result in zip([c for c in notebook["cells"] if c["cell_type"] == "code"], done, strict=True):
         cell["outputs"], cell["execution_count"] = result["outputs"], result["execution_count"]
     return notebook
-
-
-def clean() -> None:
-    """Remove the rendered pages (not the executed chapters)."""
-    for folder in (SITE, HTML, BUILD / ".doctrees"):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

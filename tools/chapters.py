@@ -81,10 +81,15 @@ class Chapter:
         }
         files = {_module_file(name) for name in modules}
         files |= set((SOURCE / "claims").glob(f"{self.slug}.toml"))
-        files |= set((ROOT / "records").rglob(f"{self.slug}*.*"))
+        texts = [*self.code, *(path.read_text(encoding="utf-8") for path in files if path.suffix == ".py")]
+        files |= {record for record in (ROOT / "records").rglob("*.*") if self._reads(record, texts)}
         if "attnlab.data" in modules:
             files |= set((SOURCE / "data").glob("*.npz"))
         return sorted(files)
+
+    def _reads(self, record: Path, texts: list[str]) -> bool:
+        """Whether a record is the chapter's by name, or its stem stands in the code: some are shared."""
+        return record.stem.startswith(self.slug) or any(f'"{record.stem}' in text for text in texts)
 
 
 @cache

@@ -42,16 +42,13 @@ SECTIONS = [
 
 
 def main(arguments: list[str]) -> int:
+    if len(arguments) != 2 or not all(arguments):
+        print("error: give a part and a slug: make new-chapter PART=circuits SLUG=sae-circuits", file=sys.stderr)
+        return 2
     try:
-        part, slug = arguments
-        written = create(part, slug)
+        written = create(*arguments)
     except ValueError as error:
-        message = (
-            str(error)
-            if len(arguments) == 2
-            else "give a part and a slug: make new-chapter PART=circuits SLUG=sae-circuits"
-        )
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     print("\n".join(f"written  {path.relative_to(ROOT)}" for path in written))
     print("next: the claims and their rules, before the experiment; CONTRIBUTING.md has the definition of done")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 
 BEAT_S = 15
+#: our own copy of standard output: pytest captures descriptor 1 while a chapter runs, and lines printed then would be lost
+SCREEN = os.fdopen(os.dup(1), "w", buffering=1)
 
 
 class Progress:
@@ -22,6 +25,7 @@ class Progress:
         self.total = 0
         self.results: dict[str, str] = {}
         self.over = threading.Event()
+        self.parent = os.getppid()
         self.beat = threading.Thread(target=self._beat, daemon=True)
 
     @pytest.hookimpl
@@ -50,15 +54,22 @@ class Progress:
         (Path.cwd() / "chapters.json").write_text(json.dumps(self.results, indent=1))
 
     def _beat(self) -> None:
-        while not self.over.wait(BEAT_S):
-            if self.running:
+        due = time.monotonic() + BEAT_S
+        while not self.over.wait(1):
+            # tools.execute was killed: an orphan would slow the next run and write beside it; kernels follow by themselves
+            if os.getppid() != self.parent:
+                os._exit(1)
+            if self.running and time.monotonic() >= due:
+                due += BEAT_S
                 self._say("running " + ", ".join(_name(nodeid) for nodeid in self.running))
 
     def _say(self, text: str) -> None:
         done = len(self.results)
         spent = time.monotonic() - self.started
         left = f", about {spent / done * (self.total - done):.0f} s left" if 0 < done < self.total else ""
-        print(f"\n[chapter {min(done + 1, self.total)} of {self.total}, {spent:.0f} s so far{left}] {text}", flush=True)
+        print(
+            f"\n[chapter {min(done + 1, self.total)} of {self.total}, {spent:.0f} s so far{left}] {text}", file=SCREEN
+        )
 
 
 def _name(nodeid: str) -> str:

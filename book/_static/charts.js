@@ -24,7 +24,7 @@
 
   const withTitle = (spec, width) => {
     if (!spec.title) return spec;
-    const title = typeof spec.title === "string" ? { text: spec.title } : { ...spec.title };
+    const title = typeof spec.title === "string" || Array.isArray(spec.title) ? { text: spec.title } : { ...spec.title };
     if (typeof title.text === "string") title.text = lines(title.text, width, 8.6);
     if (typeof title.subtitle === "string") title.subtitle = lines(title.subtitle, width, 7);
     return { ...spec, title };

@@ -128,6 +128,16 @@ def test_repair_is_pattern_surgery_onto_the_wrong_colours(toy_lm, toy_digits):
         np.testing.assert_array_equal(outcome.open[row], open_[0])
 
 
+def test_kinds_of_answers_are_counted_by_hand(toy_lm, toy_digits):
+    pairs = tasks.colored_objects(toy_digits, 12)
+    groups = {"untouched": (), "some": ("1.2", "2.0")}
+    table = circuit_reuse.answer_kinds(toy_lm, pairs, groups)
+    open_ = force_pattern(toy_lm, pairs, list(groups.values()), uniform_over("wrong"), metrics=(accuracy,))[0]
+    np.testing.assert_allclose(table["right"], 100 * open_.mean(1))
+    np.testing.assert_allclose(table.sum(axis=1), 100)
+    assert (table.loc["untouched"] == circuit_reuse.answer_kinds(toy_lm, pairs, {"again": ()}).loc["again"]).all()
+
+
 def test_gains_are_points_over_the_untouched_model():
     choice = np.array([[0, 0, 1, 0], [1, 0, 1, 1], [0, 0, 0, 0]], dtype=float)
     outcome = Repair(["untouched", "a", "b"], choice, choice[[2, 2, 1]])

@@ -67,7 +67,7 @@ def test_the_html_is_balanced_escaped_and_says_everything():
         "float32 2e-07",
     ):
         assert part in text, part
-    for part in ("seeds 0, 1", "0.5 s", "2 CPU cores", "2026-01-02", "value < 1e-9", "value > 1e-6", "✓ confirmed"):
+    for part in ("Seeds 0, 1", "0.5 s", "2 CPU cores", "2026-01-02", "value < 1e-9", "value > 1e-6", "✓ confirmed"):
         assert part in text, part
     assert "<agree>" not in page
 
@@ -85,7 +85,7 @@ def test_a_source_that_was_read_is_not_called_second_hand():
 
 def test_a_gpu_is_named_and_no_seed_is_said():
     row = {**ROW, "machine": {"platform": "Linux", "cpus": 2, "gpu": "GPU 9000"}, "seeds": []}
-    assert "no randomness, 0.5 s, GPU 9000, 2026-01-02" in repr(Card(CLAIM, row))
+    assert "No randomness; 0.5 s; GPU 9000; 2026-01-02" in repr(Card(CLAIM, row))
 
 
 def test_a_rule_of_application_is_shown():

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from attnlab import claims, lab
-from tools.chapters import OUT, Chapter, all_chapters
+from tools.chapters import OUT, ROOT, Chapter, all_chapters
 from tools.execute import noise
 
 
@@ -30,4 +30,4 @@ def test_budget(chapter: Chapter) -> None:
 
 def test_claims_are_declared_and_recorded() -> None:
     slugs = [chapter.slug for chapter in all_chapters()]
-    assert claims.audit(slugs, claims.rows(OUT / "claims")) == []
+    assert claims.audit(slugs, claims.rows(OUT / "claims", ROOT / "records")) == []

@@ -16,6 +16,7 @@ from attnlab.circuits.metrics import (
     log_prob,
     logit_diff,
     prob_diff,
+    top_token,
 )
 from attnlab.circuits.model import INPUT, Edit, HookedLM, Node, Run, Spec
 from attnlab.circuits.overlap import chance, overlap, overlap_curve, overlap_interval, top_share
@@ -57,5 +58,6 @@ __all__ = [
     "prob_diff",
     "tasks",
     "top_share",
+    "top_token",
     "uniform_over",
 ]

@@ -17,12 +17,13 @@ import torch
 from attnlab.circuits import tasks
 from attnlab.circuits.attribution import attribution_patch
 from attnlab.circuits.interventions import force_pattern, uniform_over
-from attnlab.circuits.metrics import accuracy, choice_accuracy, log_odds
+from attnlab.circuits.metrics import accuracy, choice_accuracy, log_odds, top_token
 from attnlab.circuits.model import HookedLM, Node, Run
 from attnlab.circuits.pairs import Batch, Pairs
 from attnlab.circuits.scores import Scores
 from attnlab.claims import bootstrap_mean
 
+ANSWER_KINDS = ("right", "wrong", "another colour", "no colour")
 #: the heads of the paper, GPT-2 Medium
 GPT2_MEDIUM_HEADS = {
     "inhibition": ("12.3", "13.4", "13.13"),
@@ -167,6 +168,30 @@ def repair(
     weights = [uniform_over((towards or {}).get(name, "wrong")) for name in ("untouched", *groups)]
     choice, open_ = force_pattern(model, pairs, [(), *groups.values()], weights, metrics=(choice_accuracy, accuracy))
     return Repair(["untouched", *groups], choice, open_)
+
+
+def answer_kinds(model: HookedLM, pairs: Pairs, groups: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """What the model says when groups of heads are forced onto the wrong colours: shares of four kinds of answer, in percent.
+
+    One row a group: the ``right`` colour, one of the two ``wrong`` ones, ``another colour``, ``no colour``.
+    """
+    tops = force_pattern(model, pairs, list(groups.values()), uniform_over("wrong"), metrics=(top_token,))[0]  # [G, N]
+    rows = []
+    for answers in tops:
+        said = [model.tokenizer.decode(int(token)).strip().lower() for token in answers]
+        options = [[option.strip().lower() for option in pair.options] for pair in pairs.pairs]
+        kinds = [
+            "right"
+            if word == colours[0]
+            else "wrong"
+            if word in colours
+            else "another colour"
+            if word in tasks.COLORS
+            else "no colour"
+            for word, colours in zip(said, options, strict=True)
+        ]
+        rows.append({kind: 100 * kinds.count(kind) / len(kinds) for kind in ANSWER_KINDS})
+    return pd.DataFrame(rows, index=list(groups))
 
 
 def random_groups(model: HookedLM, heads: Sequence[str], n: int = 20, seed: int = 0) -> dict[str, list[str]]:

@@ -83,6 +83,11 @@ def accuracy(end: Readout) -> Tensor:
     return (end.logits.argmax(-1) == end.tile(end.batch.answers[:, 0])).to(end.logits.dtype)
 
 
+def top_token(end: Readout) -> Tensor:
+    """The token with the largest logit of the whole vocabulary, ``[R]``: the model's answer."""
+    return end.logits.argmax(-1)
+
+
 def choice_accuracy(end: Readout) -> Tensor:
     """1 where the answer beats the other ``options`` of the pair, ``[R]``; chance is one over their number.
 

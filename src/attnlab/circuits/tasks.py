@@ -141,7 +141,7 @@ def ioi(tokenizer: Any, n: int = 24, seed: int = 0, corruption: Literal["flip", 
 
 
 def colored_objects(tokenizer: Any, n: int = 24, seed: int = 0) -> Pairs:
-    """One-shot colour look-up: three coloured objects, "What color is the mug?\\nA:" -> " Orange".
+    """One-shot colour look-up: three coloured objects, "What color is the mug?" and, on the next line, "A:" -> " Orange".
 
     The corrupt prompt asks for another of the three objects. Objects and colours of the question block differ from those
     of the example block.
@@ -185,8 +185,9 @@ def greater_than(tokenizer: Any, n: int = 24, seed: int = 0, form: Literal["digi
             answers are the digits not below it. ``"year"`` for tokenizers with two-digit tokens (GPT-2): answers are
             the two-digit numbers above. The corrupt prompt starts in the year ..01.
 
-    Positions: ``year`` (the tens digit, or the two-digit token, of the first year), ``END``. Use the metric
-    :func:`~attnlab.circuits.metrics.prob_diff`.
+    Positions: ``year`` (the tens digit, or the two-digit token, of the first year), ``END``. Several
+    answers stand against several foils: :func:`~attnlab.circuits.metrics.prob_diff` is the metric of the paper,
+    :func:`~attnlab.circuits.metrics.log_odds` the one for gradients, since it does not saturate.
 
     Raises:
         ValueError: if the tokenizer does not split years as ``form`` needs.

@@ -33,7 +33,7 @@ class Card:
             ("The paper says", claim.statement),
             ("Its value", f"{claim.paper_value} ({place})"),
             ("We measured", self._measured()),
-            ("Here", f"{claim.setting}; {self._provenance()}"),
+            ("Here", f"{claim.setting}. {self._provenance()}"),
             ("Confirmed if", claim.confirm.text),
             ("Refuted if", claim.refute.text),
         ]
@@ -54,11 +54,11 @@ class Card:
         row = self.row
         machine = row["machine"]
         seeds = "seed" if len(row["seeds"]) == 1 else "seeds"
-        parts = [f"{seeds} {', '.join(map(str, row['seeds']))}"] if row["seeds"] else ["no randomness"]
+        parts = [f"{seeds.capitalize()} {', '.join(map(str, row['seeds']))}"] if row["seeds"] else ["No randomness"]
         if row["seconds"] is not None:
             parts.append(f"{format_number(row['seconds'])} s")
         parts.append(machine["gpu"] or f"{machine['cpus']} CPU cores")
-        return ", ".join([*parts, row["date"][:10]])
+        return "; ".join([*parts, row["date"][:10]])
 
     def __repr__(self) -> str:
         width = max(len(label) for label, _ in self.lines())
