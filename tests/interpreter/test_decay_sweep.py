@@ -156,17 +156,11 @@ def test_outputs_and_gradients(case, draw):
 )
 def test_outputs_and_gradients_in_float16(name, draw):
     got, wanted = both(CASES[name], draw, torch.float16)
-    if not CASES[name].gated:
-        del got["gradient of log_decay"]  # the next test
     compare(got, wanted, FLOAT16)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="dL_t = q_t . dq_t - k_t . dk_t is a small difference of rounded numbers, and a head decay sums t dL_t over t",
-)
 def test_gradient_of_a_strong_head_decay_in_float16(draw):
-    """Measured: off by 0.1 at 128 tokens and a memory of two; the error grows with tokens over memory."""
+    """A memory of two tokens in 128: as one difference of sums over all later tokens it would be off by 0.1."""
     case = Case(length=128, batch=1)
     x = leaves(case, draw, torch.float16) | {"log_decay": torch.tensor([-0.5, -0.5], requires_grad=True)}
     exact = {name: tensor.detach().double().requires_grad_() for name, tensor in x.items()}

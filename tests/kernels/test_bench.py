@@ -16,7 +16,7 @@ from attnlab.kernels.bench.__main__ import main
 from attnlab.kernels.bench.peers import Implementation, Run
 from attnlab.kernels.bench.registry import CASES, MAIN, MANY_ROWS, NARROW, OPERATORS, TINY
 
-LIGHTNING, UNDECAYED, GATES, AAREN, FLOW = CASES
+LIGHTNING, GATES, AAREN, FLOW, UNDECAYED = CASES
 BANDWIDTH = 4.27e12  # bytes a second of an H200
 
 

@@ -437,6 +437,9 @@ def test_seeded_leaves_the_stream_alone_and_repeats():
 
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # advice of the compiler
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"
+)  # used inside the compiler
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("change", [{}, {"precision": "bfloat16"}, {"compile": True}])
 def test_a_gpu_trains_resumes_and_reads_every_loss(tmp_path, change):

@@ -27,7 +27,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from attnlab.kernels.dispatch import multiprocessors, rows
+from attnlab.kernels.decay_gradient import Boundaries, boundaries, decay_gradient
+from attnlab.kernels.dispatch import cdiv, multiprocessors, rows
 
 FORGOTTEN: tl.constexpr = tl.constexpr(30.0)  # exp(-30) = 1e-13: what has decayed this far adds nothing in float32
 
@@ -112,12 +113,12 @@ def _piece_updates(
 
 @triton.jit
 def _sweep(
-    q_ptr, k_ptr, v_ptr, g_ptr, out_ptr, start_ptr, updates_ptr, sums_ptr, final_ptr, cu_ptr, scale,
+    q_ptr, k_ptr, v_ptr, g_ptr, out_ptr, start_ptr, updates_ptr, sums_ptr, final_ptr, cu_ptr, kept_ptr, products_ptr, scale,
     T, H, PIECES, piece,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, state_k, state_v,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     REVERSE: tl.constexpr, GATED: tl.constexpr, FAR: tl.constexpr, VARLEN: tl.constexpr, START: tl.constexpr, FINAL: tl.constexpr,
-    SPLIT: tl.constexpr, DOT: tl.constexpr, READ: tl.constexpr,
+    SPLIT: tl.constexpr, KEEP: tl.constexpr, MEET: tl.constexpr, DOT: tl.constexpr, READ: tl.constexpr,
 ):  # fmt: skip
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
@@ -129,10 +130,12 @@ def _sweep(
         begin = tl.load(cu_ptr + i_b).to(tl.int64)
         length = (tl.load(cu_ptr + i_b + 1) - begin).to(tl.int32)
         token = begin
+        chunk0 = begin // C + i_b  # numbers of chunks through all sequences, for KEEP and MEET
         i_b = i_b * 0
     else:
         length = T
         token = i_b * T
+        chunk0 = i_b * tl.cdiv(T, C)
     last = tl.minimum(first + piece, length)
 
     ks, vs, cs = tl.arange(0, BK), i_v * BV + tl.arange(0, BV), tl.arange(0, C)
@@ -176,6 +179,10 @@ def _sweep(
         inside = t < last
         b, total = _running_decay(ahead if GATED else g, tl.minimum(last - c0, C), GATED, C)
         ahead = _gates(g_ptr, t - C if REVERSE else t + C, first, last, H, GATED)
+        boundary = (chunk0 + c0 // C) * H + i_h  # behind this chunk
+        if MEET:
+            kept = tl.load(kept_ptr + boundary * K * V + ks[:, None] * V + vs[None, :], mask=in_state, other=0.0)
+            tl.store(products_ptr + boundary * NV + i_v, tl.sum(kept.to(tl.float32) * state))
         q = tl.load(q_ptr + t[:, None] * q_t + ks[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)
         k = tl.load(k_ptr + t[:, None] * k_t + ks[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)
         v = tl.load(v_ptr + t[:, None] * v_t + vs[None, :], mask=inside[:, None] & in_v[None, :], other=0.0)
@@ -195,6 +202,9 @@ def _sweep(
             mask=inside[:, None] & in_v[None, :],
         )
         state = _grow(state, k, v, total, write, DOT)
+        if KEEP:
+            at = kept_ptr + boundary * K * V + ks[:, None] * V + vs[None, :]
+            tl.store(at, state.to(kept_ptr.dtype.element_ty), mask=in_state)
     if FINAL:  # the program that passed last over its (sequence, head)
         if i_p == (0 if REVERSE else PIECES - 1):
             tl.store(final_ptr + i_u.to(tl.int64) * K * V + at_state, state, mask=in_state)
@@ -234,14 +244,14 @@ def tiles_for(q: Tensor, v: Tensor, *, packed: bool = False) -> Tiles:
     else:
         chunk, slices, warps, stages = 64, 64, 4, 3 if widest <= 64 else 2
     slices = min(slices, _padded(v.shape[-1]))
-    programs = batch * heads * triton.cdiv(v.shape[-1], slices)
+    programs = batch * heads * cdiv(v.shape[-1], slices)
     waves = 2 * multiprocessors(q.device)  # programs that run at once: two a multiprocessor
     pieces = 1
     if (
         not packed and programs < 1.5 * waves
     ):  # too few to fill the GPU: cut into four full waves, 1024 tokens a piece or more
         wanted = max(1, min(4 * waves // programs, length // 1024))
-        pieces = triton.cdiv(length, _piece_length(length, wanted, chunk))
+        pieces = cdiv(length, _piece_length(length, wanted, chunk))
     return Tiles(chunk, slices, warps, stages, pieces)
 
 
@@ -258,10 +268,13 @@ def sweep(
     updates: Updates | None = None,
     final: bool = False,
     cu_seqlens: Tensor | None = None,
+    keep: Boundaries | None = None,
+    meet: Boundaries | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One launch: out [B, T, H, V], and the state [N, H, K, V] after the last token if `final`.
 
-    `start` and `updates` may both be transposed views: the dq sweep reads the states of the forward sweep.
+    `start` and `updates` may both be transposed views: the dq sweep reads the states of the forward sweep. `keep` has the states
+    behind all chunks written, `meet` the products of those with this sweep's, for the gradient of the decay.
     """
     batch, length, heads, width = q.shape
     channels = v.shape[-1]
@@ -270,13 +283,15 @@ def sweep(
     last = torch.empty(sequences, heads, width, channels, device=v.device) if final else None
     states = [x for x in (start, updates.states if updates else None, last) if x is not None]
     layout = states[0].stride()[-2:] if states else (0, 0)
-    slices = triton.cdiv(channels, tiles.slice)
+    slices = cdiv(channels, tiles.slice)
+    behind = keep or meet or (None, None)
     _sweep[(sequences * heads * tiles.pieces * slices,)](
-        q, k, v, log_decay, out, start, *(updates or (None, None)), last, cu_seqlens, scale,
+        q, k, v, log_decay, out, start, *(updates or (None, None)), last, cu_seqlens, *behind, scale,
         length, heads, tiles.pieces, _piece_length(length, tiles.pieces, tiles.chunk), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *layout,
         K=width, V=channels, BK=_padded(width), BV=tiles.slice, C=tiles.chunk,
         REVERSE=reverse, GATED=log_decay.dim() == 3, FAR=_far(q, k, v), VARLEN=cu_seqlens is not None,
-        START=start is not None, FINAL=final, SPLIT=tiles.pieces > 1, **_precision(q),
+        START=start is not None, FINAL=final, SPLIT=tiles.pieces > 1,
+        KEEP=keep is not None, MEET=meet is not None, **_precision(q),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return out, last
@@ -290,7 +305,7 @@ def piece_updates(k: Tensor, v: Tensor, log_decay: Tensor, tiles: Tiles, *, reve
     channels = v.shape[-1]
     states = torch.empty(batch, heads, tiles.pieces, width, channels, device=k.device)
     sums = torch.empty(batch, heads, tiles.pieces, device=k.device)
-    slices = triton.cdiv(channels, tiles.slice)
+    slices = cdiv(channels, tiles.slice)
     _piece_updates[(batch * heads * tiles.pieces * slices,)](
         k, v, log_decay, states, sums,
         length, heads, tiles.pieces, _piece_length(length, tiles.pieces, tiles.chunk), *k.stride()[:3], *v.stride()[:3],
@@ -311,21 +326,23 @@ class LinearDecay(torch.autograd.Function):
         out, final = sweep(
             q, k, v, log_decay, scale, tiles, start=start, updates=updates, final=with_state, cu_seqlens=cu
         )
-        ctx.save_for_backward(q, k, v, log_decay, start, final, cu, *(updates or ()))
+        ctx.save_for_backward(q, k, v, log_decay, start, cu, *(updates or ()))
         ctx.scale, ctx.tiles = scale, tiles
         return out, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out, d_final):
-        q, k, v, g, start, final, cu, *pieces = ctx.saved_tensors
+        q, k, v, g, start, cu, *pieces = ctx.saved_tensors
         scale, tiles = ctx.scale, ctx.tiles
         d_out = torch.zeros_like(v) if d_out is None else rows(d_out)
         # The states run with the inputs here and with d_out below; each sweep scales what it reads, hence the division.
         ahead = None if d_final is None else d_final.float().contiguous() / scale
         behind = Updates(*pieces) if pieces else None
         before = piece_updates(q, d_out, g, tiles, reverse=True)
-        dq, _ = sweep(d_out, v, k, g, scale, tiles, start=_mT(start), updates=_mT(behind), cu_seqlens=cu)
+        slices = cdiv(q.shape[-1], tiles.slice)
+        edges = boundaries(q, v, tiles.chunk, slices, cu) if ctx.needs_input_grad[3] else None
+        dq, _ = sweep(d_out, v, k, g, scale, tiles, start=_mT(start), updates=_mT(behind), cu_seqlens=cu, keep=edges)
         dv, d_start = sweep(
             k,
             q,
@@ -339,30 +356,24 @@ class LinearDecay(torch.autograd.Function):
             final=start is not None,
             cu_seqlens=cu,
         )
-        dk, _ = sweep(v, d_out, q, g, scale, tiles, reverse=True, start=_mT(ahead), updates=_mT(before), cu_seqlens=cu)
-        dg = _decay_gradient(q, dq, k, dk, g, final, d_final, cu) if ctx.needs_input_grad[3] else None
+        dk, _ = sweep(
+            v,
+            d_out,
+            q,
+            g,
+            scale,
+            tiles,
+            reverse=True,
+            start=_mT(ahead),
+            updates=_mT(before),
+            cu_seqlens=cu,
+            meet=edges,
+        )
+        dg = None
+        if edges is not None:
+            dg = decay_gradient(q, dq, k, dk, edges.products, scale, tiles.chunk, cu)
+            dg = dg if g.dim() == 3 else dg.sum((0, 1))
         return dq, dk, dv, dg, None if d_start is None else d_start * scale, None, None, None, None
-
-
-def _decay_gradient(q, dq, k, dk, g, final, d_final, cu):
-    """Gradient of the log decay: token t's running sum L_t enters as exp(L_t) with q_t and as exp(-L_t) with k_t.
-
-    So dL_t = q_t . dq_t - k_t . dk_t, the last one also scales the final state, and a decay is in all later sums.
-    """
-    d_running = (q.double() * dq).sum(-1) - (k.double() * dk).sum(-1)  # [B, T, H]; float64: the two nearly cancel
-    batch, length, _ = d_running.shape
-    if cu is None:
-        lasts = torch.full((batch,), length - 1, device=q.device)
-        sequence = torch.arange(batch, device=q.device)
-    else:
-        lasts, sequence = cu[1:].long() - 1, torch.zeros(len(cu) - 1, dtype=torch.long, device=q.device)
-    if d_final is not None:
-        d_running[sequence, lasts] += (d_final.double() * final).sum((-1, -2))
-    later = d_running.flip(1).cumsum(1).flip(1)  # sum over t >= s
-    if cu is not None:  # take off what later sequences added
-        after = torch.cat([later[0, cu[1:-1].long()], later.new_zeros(1, later.shape[-1])])
-        later = later - after.repeat_interleave(cu.diff(), 0)[None]
-    return (later if g.dim() == 3 else later.sum((0, 1))).to(g.dtype)
 
 
 def _mT(x):
@@ -371,12 +382,12 @@ def _mT(x):
 
 def _piece_length(length: int, pieces: int, chunk: int) -> int:
     """Tokens a piece: whole chunks, so that only the last piece is ragged."""
-    return triton.cdiv(triton.cdiv(length, pieces), chunk) * chunk
+    return cdiv(cdiv(length, pieces), chunk) * chunk
 
 
 def _padded(width: int) -> int:
     """Tensor cores want sides of at least 16, Triton powers of two."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, 1 << (width - 1).bit_length())
 
 
 def _precision(x: Tensor) -> dict[str, Any]:

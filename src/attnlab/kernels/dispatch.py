@@ -29,6 +29,11 @@ def _warn_fallback(name: str, dtype: torch.dtype) -> None:
     )
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up: triton.cdiv is a function of compile time too, and takes microseconds that small launches feel."""
+    return -(-a // b)
+
+
 def rows(x: Tensor) -> Tensor:
     """`x` itself if its last axis is contiguous, as in a view of a joint projection, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,4 +1,4 @@
-"""Triton kernel for the two gates of causal flow attention (Flowformer, Wu et al. 2022, arXiv:2202.06258).
+"""Triton kernels for the two gates of causal flow attention (Flowformer, Wu et al. 2022, arXiv:2202.06258).
 
 Every flow of token t is a sum over tokens up to t of products phi(q_i) . phi(k_j). So inside a chunk one matrix
 A = phi(Q) phi(K)^T holds them all, and the four flows are sums over its two triangles, plus what earlier chunks carry:
@@ -6,20 +6,22 @@ A = phi(Q) phi(K)^T holds them all, and the four flows are sums over its two tri
     incoming_i  = sum_{j <= i} A_ij / i            conserved incoming_i  = sum_{j <= i} A_ij / outgoing_j / i
     outgoing_j  = sum_{i <= j} A_ij / j            conserved outgoing_j  = sum_{i <= j} A_ij / incoming_i / j
 
-The state is four vectors of K channels and one scalar; eps = 1e-6 stands in both factors as in `attnlab.mixers.flow`.
+What is carried are four vectors of K channels: sums of phi(q), phi(k), phi(q) / incoming and phi(k) / outgoing. A first pass sums
+the first two over every chunk, a second needs their running sums and sums the last two, a third needs those. In a pass all chunks
+run at once; running sums over chunks are small. eps = 1e-6 stands in both factors as in `attnlab.mixers.flow`.
 
 Backward, with a = d conserved incoming / t, b = d conserved outgoing / t, c = d incoming / t and d = d outgoing / t:
 
     dA_ij = a_i / outgoing_j + c_i  (j <= i)   +   b_j / incoming_i + d_j  (i <= j)
 
-so dphi(Q) = dA phi(K) is a sum over the past and a sum over the future, again with one matrix a chunk and carried vectors. The
-reverse sweep finds c and d, which need the future, and adds its half; the forward sweep adds the other. There eps, a relative
-1e-6, is left out.
+so dphi(Q) = dA phi(K) is one product a chunk and what is carried from both sides, and again three passes suffice: sums of
+a phi(q) and b phi(k), then c and d with their sums, then the gradients. There eps, a relative 1e-6, is left out.
+
+Numbers a token are laid out as [B, H, T] here, vectors a chunk as [B, H, chunks, K].
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -28,152 +30,170 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+CHUNK = 64
+
 
 @triton.jit
-def _gates(
-    q_ptr, k_ptr, weight_ptr, gate_ptr, in_ptr, out_ptr, sums_ptr, eps, clamp, T, H, q_b, q_t, q_h, k_b, k_t, k_h,
+def _place(T, H, C: tl.constexpr):
+    """Batch row, head, tokens [C], where these stand in [B, H, T], and the number of the chunk in [B, H, chunks]."""
+    chunks = tl.cdiv(T, C)
+    i_h = tl.program_id(0) % H  # neighbours share rows of q and k
+    i_n = tl.program_id(0) // H % chunks
+    i_b = (tl.program_id(0) // H // chunks).to(tl.int64)
+    t = (i_n * C + tl.arange(0, C)).to(tl.int64)
+    return i_b, i_h, t, (i_b * H + i_h) * T + t, (i_b * H + i_h) * chunks + i_n
+
+
+@triton.jit
+def _features(q_ptr, k_ptr, i_b, i_h, t, T, q_b, q_t, q_h, k_b, k_t, k_h, K: tl.constexpr, BK: tl.constexpr):
+    """phi(q), phi(k) [C, K], 0 past the end, and the mask of what exists."""
+    ks = tl.arange(0, BK)
+    wide = (t < T)[:, None] & (ks < K)[None, :]
+    q = tl.load(q_ptr + i_b * q_b + i_h * q_h + t[:, None] * q_t + ks[None, :], mask=wide, other=0.0)
+    k = tl.load(k_ptr + i_b * k_b + i_h * k_h + t[:, None] * k_t + ks[None, :], mask=wide, other=0.0)
+    return tl.where(wide, tl.sigmoid(q.to(tl.float32)), 0.0), tl.where(wide, tl.sigmoid(k.to(tl.float32)), 0.0), wide
+
+
+@triton.jit
+def _vector(ptr, chunk, K: tl.constexpr, BK: tl.constexpr):
+    """What is carried into a chunk, [K]."""
+    ks = tl.arange(0, BK)
+    return tl.load(ptr + chunk * K + ks, mask=ks < K, other=0.0)
+
+
+@triton.jit
+def _total(ptr, x, weight, chunk, K: tl.constexpr, BK: tl.constexpr):
+    """Store sum_t weight_t x_t of a chunk, [K]."""
+    ks = tl.arange(0, BK)
+    tl.store(ptr + chunk * K + ks, tl.sum(x * weight[:, None], 0), mask=ks < K)
+
+
+@triton.jit
+def _products(q, k, q_ptr, DOT: tl.constexpr):
+    """A = phi(Q) phi(K)^T [C, C], in the precision of the inputs, and its two triangles: what sinks get, what sources gave."""
+    dtype = q_ptr.dtype.element_ty
+    a = tl.dot(q.to(dtype), tl.trans(k.to(dtype)), input_precision=DOT)
+    rows, columns = tl.arange(0, a.shape[0])[:, None], tl.arange(0, a.shape[0])[None, :]
+    return tl.where(rows >= columns, a, 0.0), tl.where(rows <= columns, a, 0.0)
+
+
+@triton.jit
+def _inverse(ptr, at, inside):
+    """1 / flow [C], 0 past the end."""
+    return tl.where(inside, 1.0 / tl.load(ptr + at, mask=inside, other=1.0), 0.0)
+
+
+@triton.jit
+def _sums(
+    q_ptr, k_ptr, a_ptr, b_ptr, sum_q_ptr, sum_k_ptr, T, H, q_b, q_t, q_h, k_b, k_t, k_h,
+    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """Sums of phi(q) and phi(k) over every chunk, or of a phi(q) and b phi(k)."""
+    i_b, i_h, t, at, chunk = _place(T, H, C)
+    q, k, _ = _features(q_ptr, k_ptr, i_b, i_h, t, T, q_b, q_t, q_h, k_b, k_t, k_h, K, BK)
+    a = tl.load(a_ptr + at, mask=t < T, other=0.0) if WEIGHTED else tl.full([C], 1.0, tl.float32)
+    b = tl.load(b_ptr + at, mask=t < T, other=0.0) if WEIGHTED else tl.full([C], 1.0, tl.float32)
+    _total(sum_q_ptr, q, a, chunk, K, BK)
+    _total(sum_k_ptr, k, b, chunk, K, BK)
+
+
+@triton.jit
+def _flows(
+    q_ptr, k_ptr, all_q_ptr, all_k_ptr, in_ptr, out_ptr, sum_q_ptr, sum_k_ptr, eps, T, H, q_b, q_t, q_h, k_b, k_t, k_h,
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    i_b, i_h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
-    cs, ks = tl.arange(0, C), tl.arange(0, BK)
-    q_ptr += i_b * q_b + i_h * q_h
-    k_ptr += i_b * k_b + i_h * k_h
-    at = i_b * T * H + i_h
-    all_k, all_q = tl.zeros([BK], dtype=tl.float32), tl.zeros([BK], dtype=tl.float32)
-    fixed_k, fixed_q = tl.zeros([BK], dtype=tl.float32), tl.zeros([BK], dtype=tl.float32)
-    total = 0.0  # of exp(conserved outgoing), which the clamp bounds
-    lower = cs[:, None] >= cs[None, :]
-    upper = cs[:, None] <= cs[None, :]
-    for c0 in range(0, T, C):
-        t = (c0 + cs).to(tl.int64)
-        inside = t < T
-        wide = inside[:, None] & (ks < K)[None, :]
-        raw_q = tl.load(q_ptr + t[:, None] * q_t + ks[None, :], mask=wide, other=0.0)
-        raw_k = tl.load(k_ptr + t[:, None] * k_t + ks[None, :], mask=wide, other=0.0)
-        q = tl.where(wide, tl.sigmoid(raw_q.to(tl.float32)), 0.0)
-        k = tl.where(wide, tl.sigmoid(raw_k.to(tl.float32)), 0.0)
-        q_eps, k_eps = tl.where(wide, q + eps, 0.0), tl.where(wide, k + eps, 0.0)
-        sum_q, sum_k = tl.sum(q, 1), tl.sum(k, 1)
-        n = (t + 1).to(tl.float32)
-        a = tl.dot(q.to(raw_q.dtype), tl.trans(k.to(raw_k.dtype)), input_precision=DOT)
-        low, up = tl.where(lower, a, 0.0), tl.where(upper, a, 0.0)
-        incoming = (tl.sum(low, 1) + eps * tl.cumsum(sum_k, 0) + tl.sum(q_eps * (all_k + eps)[None, :], 1)) / n
-        outgoing = (tl.sum(up, 0) + eps * tl.cumsum(sum_q, 0) + tl.sum(k_eps * (all_q + eps)[None, :], 1)) / n
-        per_in = tl.where(inside, 1.0 / tl.where(inside, incoming, 1.0), 0.0)
-        per_out = tl.where(inside, 1.0 / tl.where(inside, outgoing, 1.0), 0.0)
-        conserved_in = tl.sum(low * per_out[None, :], 1) + eps * tl.cumsum(sum_k * per_out, 0)
-        conserved_in = (conserved_in + tl.sum(q_eps * (fixed_k + eps)[None, :], 1)) / n
-        conserved_out = tl.sum(up * per_in[:, None], 0) + eps * tl.cumsum(sum_q * per_in, 0)
-        conserved_out = (conserved_out + tl.sum(k_eps * (fixed_q + eps)[None, :], 1)) / n
-        e = tl.where(inside, tl.exp(tl.minimum(tl.maximum(conserved_out, -clamp), clamp)), 0.0)
-        sums = total + tl.cumsum(e, 0)
-        tl.store(weight_ptr + at + t * H, n * e / tl.where(inside, sums, 1.0), mask=inside)
-        tl.store(gate_ptr + at + t * H, tl.sigmoid(conserved_in), mask=inside)
-        tl.store(in_ptr + at + t * H, incoming, mask=inside)
-        tl.store(out_ptr + at + t * H, outgoing, mask=inside)
-        tl.store(sums_ptr + at + t * H, sums, mask=inside)
-        all_k += tl.sum(k, 0)
-        all_q += tl.sum(q, 0)
-        fixed_k += tl.sum(k * per_out[:, None], 0)
-        fixed_q += tl.sum(q * per_in[:, None], 0)
-        total += tl.sum(e, 0)
+    """Incoming and outgoing flows, and sums of phi(q) / incoming and phi(k) / outgoing over every chunk."""
+    i_b, i_h, t, at, chunk = _place(T, H, C)
+    q, k, wide = _features(q_ptr, k_ptr, i_b, i_h, t, T, q_b, q_t, q_h, k_b, k_t, k_h, K, BK)
+    low, up = _products(q, k, q_ptr, DOT)
+    q_eps, k_eps = tl.where(wide, q + eps, 0.0), tl.where(wide, k + eps, 0.0)
+    all_q, all_k = _vector(all_q_ptr, chunk, K, BK), _vector(all_k_ptr, chunk, K, BK)
+    n = (t + 1).to(tl.float32)
+    incoming = tl.sum(low, 1) + eps * tl.cumsum(tl.sum(k, 1), 0) + tl.sum(q_eps * (all_k + eps)[None, :], 1)
+    outgoing = tl.sum(up, 0) + eps * tl.cumsum(tl.sum(q, 1), 0) + tl.sum(k_eps * (all_q + eps)[None, :], 1)
+    tl.store(in_ptr + at, incoming / n, mask=t < T)
+    tl.store(out_ptr + at, outgoing / n, mask=t < T)
+    _total(sum_q_ptr, q, tl.where(t < T, n / incoming, 0.0), chunk, K, BK)
+    _total(sum_k_ptr, k, tl.where(t < T, n / outgoing, 0.0), chunk, K, BK)
 
 
 @triton.jit
-def _chunk(q_ptr, k_ptr, in_ptr, out_ptr, at, t, inside, ks, H, q_t, k_t, K: tl.constexpr, DOT: tl.constexpr):
-    """phi(q), phi(k) [C, K], A [C, C] and the reciprocal flows [C] of one chunk; 0 past the end."""
-    wide = inside[:, None] & (ks < K)[None, :]
-    raw_q = tl.load(q_ptr + t[:, None] * q_t + ks[None, :], mask=wide, other=0.0)
-    raw_k = tl.load(k_ptr + t[:, None] * k_t + ks[None, :], mask=wide, other=0.0)
-    q = tl.where(wide, tl.sigmoid(raw_q.to(tl.float32)), 0.0)
-    k = tl.where(wide, tl.sigmoid(raw_k.to(tl.float32)), 0.0)
-    per_in = tl.where(inside, 1.0 / tl.load(in_ptr + at + t * H, mask=inside, other=1.0), 0.0)
-    per_out = tl.where(inside, 1.0 / tl.load(out_ptr + at + t * H, mask=inside, other=1.0), 0.0)
-    dtype = raw_q.dtype
-    return q, k, tl.dot(q.to(dtype), tl.trans(k.to(dtype)), input_precision=DOT), per_in, per_out, wide
-
-
-@triton.jit
-def _gates_back_future(
-    q_ptr, k_ptr, in_ptr, out_ptr, a_ptr, b_ptr, d_read_ptr, c_ptr, d_ptr, dq_ptr, dk_ptr,
+def _conserved(
+    q_ptr, k_ptr, fixed_q_ptr, fixed_k_ptr, in_ptr, out_ptr, conserved_in_ptr, conserved_out_ptr, eps,
     T, H, q_b, q_t, q_h, k_b, k_t, k_h, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """c and d [B, T, H], and what dphi(q), dphi(k) [B, T, H, K] get from later tokens."""
-    i_b, i_h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
-    cs, ks = tl.arange(0, C), tl.arange(0, BK)
-    q_ptr += i_b * q_b + i_h * q_h
-    k_ptr += i_b * k_b + i_h * k_h
-    at = i_b * T * H + i_h
-    a_q, b_k = tl.zeros([BK], dtype=tl.float32), tl.zeros([BK], dtype=tl.float32)  # later sums of a phi(q), b phi(k),
-    c_q, d_k = tl.zeros([BK], dtype=tl.float32), tl.zeros([BK], dtype=tl.float32)  # c phi(q), d phi(k)
-    lower = cs[:, None] >= cs[None, :]  # rows: sinks i, columns: sources j
-    upper = cs[:, None] <= cs[None, :]
-    chunks = tl.cdiv(T, C)
-    for i in range(chunks):
-        t = ((chunks - 1 - i) * C + cs).to(tl.int64)
-        inside = t < T
-        q, k, flow, per_in, per_out, wide = _chunk(
-            q_ptr, k_ptr, in_ptr, out_ptr, at, t, inside, ks, H, q_t, k_t, K, DOT
-        )
-        a = tl.load(a_ptr + at + t * H, mask=inside, other=0.0)
-        b = tl.load(b_ptr + at + t * H, mask=inside, other=0.0)
-        d_read = tl.load(d_read_ptr + at + t * H, mask=inside, other=0.0)
-        n = (t + 1).to(tl.float32)
-        d_per_out = tl.sum(tl.where(lower, flow * a[:, None], 0.0), 0) + tl.sum(k * a_q[None, :], 1)
-        d_per_in = tl.sum(tl.where(upper, flow * b[None, :], 0.0), 1) + tl.sum(q * b_k[None, :], 1) + d_read / n
-        c = -per_in * per_in * d_per_in / n
-        d = -per_out * per_out * d_per_out / n
-        tl.store(c_ptr + at + t * H, c, mask=inside)
-        tl.store(d_ptr + at + t * H, d, mask=inside)
-        to_q = tl.where(upper, b[None, :] * per_in[:, None] + d[None, :], 0.0)
-        to_k = tl.where(lower, a[:, None] * per_out[None, :] + c[:, None], 0.0)
-        dq = tl.dot(to_q, k, input_precision=DOT) + per_in[:, None] * b_k[None, :] + d_k[None, :]
-        dk = tl.dot(tl.trans(to_k), q, input_precision=DOT) + per_out[:, None] * a_q[None, :] + c_q[None, :]
-        rows_at = (at + t * H)[:, None] * K + ks[None, :]
-        tl.store(dq_ptr + rows_at, dq, mask=wide)
-        tl.store(dk_ptr + rows_at, dk, mask=wide)
-        a_q += tl.sum(q * a[:, None], 0)
-        b_k += tl.sum(k * b[:, None], 0)
-        c_q += tl.sum(q * c[:, None], 0)
-        d_k += tl.sum(k * d[:, None], 0)
+    """Conserved incoming and outgoing flows."""
+    i_b, i_h, t, at, chunk = _place(T, H, C)
+    q, k, wide = _features(q_ptr, k_ptr, i_b, i_h, t, T, q_b, q_t, q_h, k_b, k_t, k_h, K, BK)
+    low, up = _products(q, k, q_ptr, DOT)
+    q_eps, k_eps = tl.where(wide, q + eps, 0.0), tl.where(wide, k + eps, 0.0)
+    fixed_q, fixed_k = _vector(fixed_q_ptr, chunk, K, BK), _vector(fixed_k_ptr, chunk, K, BK)
+    per_in, per_out = _inverse(in_ptr, at, t < T), _inverse(out_ptr, at, t < T)
+    n = (t + 1).to(tl.float32)
+    gets = tl.sum(low * per_out[None, :], 1) + eps * tl.cumsum(tl.sum(k, 1) * per_out, 0)
+    gave = tl.sum(up * per_in[:, None], 0) + eps * tl.cumsum(tl.sum(q, 1) * per_in, 0)
+    tl.store(conserved_in_ptr + at, (gets + tl.sum(q_eps * (fixed_k + eps)[None, :], 1)) / n, mask=t < T)
+    tl.store(conserved_out_ptr + at, (gave + tl.sum(k_eps * (fixed_q + eps)[None, :], 1)) / n, mask=t < T)
 
 
 @triton.jit
-def _gates_back_past(
-    q_ptr, k_ptr, in_ptr, out_ptr, a_ptr, b_ptr, c_ptr, d_ptr, dq_future_ptr, dk_future_ptr, dq_ptr, dk_ptr,
+def _flows_back(
+    q_ptr, k_ptr, in_ptr, out_ptr, a_ptr, b_ptr, d_read_ptr, a_q_ptr, b_k_ptr, c_ptr, d_ptr, sum_q_ptr, sum_k_ptr,
     T, H, q_b, q_t, q_h, k_b, k_t, k_h, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """dq and dk [B, T, H, K]: earlier tokens' half, the sum of both, and the slope of the sigmoid."""
-    i_b, i_h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
-    cs, ks = tl.arange(0, C), tl.arange(0, BK)
-    q_ptr += i_b * q_b + i_h * q_h
-    k_ptr += i_b * k_b + i_h * k_h
-    at = i_b * T * H + i_h
-    all_q, all_k = tl.zeros([BK], dtype=tl.float32), tl.zeros([BK], dtype=tl.float32)
-    fixed_q, fixed_k = tl.zeros([BK], dtype=tl.float32), tl.zeros([BK], dtype=tl.float32)
-    lower = cs[:, None] >= cs[None, :]
-    upper = cs[:, None] <= cs[None, :]
-    for c0 in range(0, T, C):
-        t = (c0 + cs).to(tl.int64)
-        inside = t < T
-        q, k, _, per_in, per_out, wide = _chunk(q_ptr, k_ptr, in_ptr, out_ptr, at, t, inside, ks, H, q_t, k_t, K, DOT)
-        a = tl.load(a_ptr + at + t * H, mask=inside, other=0.0)
-        b = tl.load(b_ptr + at + t * H, mask=inside, other=0.0)
-        c = tl.load(c_ptr + at + t * H, mask=inside, other=0.0)
-        d = tl.load(d_ptr + at + t * H, mask=inside, other=0.0)
-        to_q = tl.where(lower, a[:, None] * per_out[None, :] + c[:, None], 0.0)
-        to_k = tl.where(upper, b[None, :] * per_in[:, None] + d[None, :], 0.0)
-        rows_at = (at + t * H)[:, None] * K + ks[None, :]
-        dq = tl.load(dq_future_ptr + rows_at, mask=wide, other=0.0) + tl.dot(to_q, k, input_precision=DOT)
-        dk = tl.load(dk_future_ptr + rows_at, mask=wide, other=0.0) + tl.dot(tl.trans(to_k), q, input_precision=DOT)
-        dq += a[:, None] * fixed_k[None, :] + c[:, None] * all_k[None, :]
-        dk += b[:, None] * fixed_q[None, :] + d[:, None] * all_q[None, :]
-        tl.store(dq_ptr + rows_at, (dq * q * (1 - q)).to(dq_ptr.dtype.element_ty), mask=wide)
-        tl.store(dk_ptr + rows_at, (dk * k * (1 - k)).to(dk_ptr.dtype.element_ty), mask=wide)
-        all_q += tl.sum(q, 0)
-        all_k += tl.sum(k, 0)
-        fixed_q += tl.sum(q * per_in[:, None], 0)
-        fixed_k += tl.sum(k * per_out[:, None], 0)
+    """c and d, and sums of c phi(q) and d phi(k) over every chunk."""
+    i_b, i_h, t, at, chunk = _place(T, H, C)
+    q, k, _ = _features(q_ptr, k_ptr, i_b, i_h, t, T, q_b, q_t, q_h, k_b, k_t, k_h, K, BK)
+    low, up = _products(q, k, q_ptr, DOT)
+    per_in, per_out = _inverse(in_ptr, at, t < T), _inverse(out_ptr, at, t < T)
+    a = tl.load(a_ptr + at, mask=t < T, other=0.0)
+    b = tl.load(b_ptr + at, mask=t < T, other=0.0)
+    d_read = tl.load(d_read_ptr + at, mask=t < T, other=0.0)
+    n = (t + 1).to(tl.float32)
+    d_per_out = tl.sum(low * a[:, None], 0) + tl.sum(k * _vector(a_q_ptr, chunk, K, BK)[None, :], 1)
+    d_per_in = tl.sum(up * b[None, :], 1) + tl.sum(q * _vector(b_k_ptr, chunk, K, BK)[None, :], 1) + d_read / n
+    c = -per_in * per_in * d_per_in / n
+    d = -per_out * per_out * d_per_out / n
+    tl.store(c_ptr + at, c, mask=t < T)
+    tl.store(d_ptr + at, d, mask=t < T)
+    _total(sum_q_ptr, q, c, chunk, K, BK)
+    _total(sum_k_ptr, k, d, chunk, K, BK)
+
+
+@triton.jit
+def _gradients(
+    q_ptr, k_ptr, in_ptr, out_ptr, a_ptr, b_ptr, c_ptr, d_ptr,
+    all_q_ptr, all_k_ptr, fixed_q_ptr, fixed_k_ptr, a_q_ptr, b_k_ptr, c_q_ptr, d_k_ptr, dq_ptr, dk_ptr,
+    T, H, q_b, q_t, q_h, k_b, k_t, k_h, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """dq and dk [B, T, H, K], with the slope of the sigmoid."""
+    i_b, i_h, t, at, chunk = _place(T, H, C)
+    q, k, wide = _features(q_ptr, k_ptr, i_b, i_h, t, T, q_b, q_t, q_h, k_b, k_t, k_h, K, BK)
+    per_in, per_out = _inverse(in_ptr, at, t < T), _inverse(out_ptr, at, t < T)
+    a = tl.load(a_ptr + at, mask=t < T, other=0.0)
+    b = tl.load(b_ptr + at, mask=t < T, other=0.0)
+    c = tl.load(c_ptr + at, mask=t < T, other=0.0)
+    d = tl.load(d_ptr + at, mask=t < T, other=0.0)
+    cs = tl.arange(0, C)
+    da = tl.where(
+        cs[:, None] >= cs[None, :], a[:, None] * per_out[None, :] + c[:, None], 0.0
+    )  # sinks down, sources across
+    da += tl.where(cs[:, None] <= cs[None, :], b[None, :] * per_in[:, None] + d[None, :], 0.0)
+    dq = tl.dot(da, k, input_precision=DOT)
+    dq += (
+        a[:, None] * _vector(fixed_k_ptr, chunk, K, BK)[None, :]
+        + c[:, None] * _vector(all_k_ptr, chunk, K, BK)[None, :]
+    )
+    dq += per_in[:, None] * _vector(b_k_ptr, chunk, K, BK)[None, :] + _vector(d_k_ptr, chunk, K, BK)[None, :]
+    dk = tl.dot(tl.trans(da), q, input_precision=DOT)
+    dk += (
+        b[:, None] * _vector(fixed_q_ptr, chunk, K, BK)[None, :]
+        + d[:, None] * _vector(all_q_ptr, chunk, K, BK)[None, :]
+    )
+    dk += per_out[:, None] * _vector(a_q_ptr, chunk, K, BK)[None, :] + _vector(c_q_ptr, chunk, K, BK)[None, :]
+    rows = ((i_b * T + t) * H + i_h)[:, None] * K + tl.arange(0, BK)[None, :]
+    tl.store(dq_ptr + rows, (dq * q * (1 - q)).to(dq_ptr.dtype.element_ty), mask=wide)
+    tl.store(dk_ptr + rows, (dk * k * (1 - k)).to(dk_ptr.dtype.element_ty), mask=wide)
 
 
 class FlowGates(torch.autograd.Function):
@@ -181,55 +201,87 @@ class FlowGates(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q, k, eps, clamp):
-        batch, length, heads, _ = q.shape
-        weight, gate, incoming, outgoing, sums = torch.empty(5, batch, length, heads, device=q.device)
-        grid, sizes, shape = _launch(q, k)
-        _gates[grid](q, k, weight, gate, incoming, outgoing, sums, eps, clamp, *sizes, **shape)
+        incoming, outgoing, conserved_in, conserved_out = _tokens(4, q)
+        grid, sizes, shape, dot = _launch(q, k)
+        sums = _chunks(2, q)
+        _sums[grid](q, k, None, None, *sums, *sizes, **shape, WEIGHTED=False)
+        everything = _before(sums)
+        sums = _chunks(2, q)
+        _flows[grid](q, k, *everything, incoming, outgoing, *sums, eps, *sizes, **shape, DOT=dot)
+        fixed = _before(sums)
+        _conserved[grid](q, k, *fixed, incoming, outgoing, conserved_in, conserved_out, eps, *sizes, **shape, DOT=dot)
+        strength = conserved_out.clamp(-clamp, clamp).exp()
         n = _positions(q)
-        ctx.save_for_backward(q, k, weight, gate, incoming, outgoing, sums)
+        weight, gate = n * strength / strength.cumsum(-1), conserved_in.sigmoid()
+        ctx.save_for_backward(q, k, everything, fixed, weight, gate, incoming, outgoing, conserved_out, strength)
         ctx.clamp = clamp
-        return weight, gate, 1.0 / (n * incoming)
+        return tuple(x.transpose(1, 2) for x in (weight, gate, 1.0 / (n * incoming)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_weight, d_gate, d_read):
-        q, k, weight, gate, incoming, outgoing, sums = ctx.saved_tensors
+        q, k, everything, fixed, weight, gate, incoming, outgoing, conserved_out, strength = ctx.saved_tensors
+        d_weight, d_gate, d_read = (x.transpose(1, 2).contiguous() for x in (d_weight, d_gate, d_read))
         n = _positions(q)
         a = d_gate * gate * (1 - gate) / n
         # weight_t = t e_t / S_t, and e_t is in every later S
-        e = weight * sums / n
-        later = (d_weight * weight / sums).flip(1).cumsum(1).flip(1)
-        open_ = (e > math.exp(-ctx.clamp) * (1 + 1e-6)) & (
-            e < math.exp(ctx.clamp) * (1 - 1e-6)
-        )  # a clamped flow has no slope
-        b = torch.where(open_, d_weight * weight - e * later, 0.0) / n
-        c, d = torch.empty_like(a), torch.empty_like(a)
-        dq_future, dk_future = torch.empty(2, *q.shape, device=q.device)
-        dq, dk = (
-            torch.empty(q.shape, dtype=q.dtype, device=q.device),
-            torch.empty(k.shape, dtype=k.dtype, device=k.device),
-        )
-        grid, sizes, shape = _launch(q, k)
+        later = (d_weight * weight / strength.cumsum(-1)).flip(-1).cumsum(-1).flip(-1)
+        slope = (conserved_out.abs() < ctx.clamp) / n  # a clamped flow has none
+        b = (d_weight * weight - strength * later) * slope
+        c, d = _tokens(2, q)
+        grid, sizes, shape, dot = _launch(q, k)
+        sums = _chunks(2, q)
+        _sums[grid](q, k, a, b, *sums, *sizes, **shape, WEIGHTED=True)
+        by_ab = _after(sums)
+        sums = _chunks(2, q)
         flows = (q, k, incoming, outgoing, a, b)
-        _gates_back_future[grid](*flows, d_read.contiguous(), c, d, dq_future, dk_future, *sizes, **shape)
-        _gates_back_past[grid](*flows, c, d, dq_future, dk_future, dq, dk, *sizes, **shape)
+        _flows_back[grid](*flows, d_read, *by_ab, c, d, *sums, *sizes, **shape, DOT=dot)
+        by_cd = _after(sums)
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+        _gradients[grid](*flows, c, d, *everything, *fixed, *by_ab, *by_cd, dq, dk, *sizes, **shape, DOT=dot)
         return dq, dk, None, None
 
 
+def _tokens(count: int, q: Tensor) -> Tensor:
+    batch, length, heads, _ = q.shape
+    return torch.empty(count, batch, heads, length, device=q.device)
+
+
+def _chunks(count: int, q: Tensor) -> Tensor:
+    batch, length, heads, width = q.shape
+    return torch.empty(count, batch, heads, -(-length // CHUNK), width, device=q.device)
+
+
+def _before(sums: Tensor) -> Tensor:
+    """What all earlier chunks sum to, from sums over each [2, B, H, chunks, K]."""
+    return torch.cat([torch.zeros_like(sums[..., :1, :]), sums[..., :-1, :].cumsum(-2)], -2)
+
+
+def _after(sums: Tensor) -> Tensor:
+    """The same for all later chunks."""
+    return _before(sums.flip(-2)).flip(-2)
+
+
 def _positions(q: Tensor) -> Tensor:
-    """1, 2, ..., T along the second axis of [B, T, H]."""
-    return torch.arange(1, q.shape[1] + 1, device=q.device, dtype=torch.float32)[:, None]
+    """1, 2, ..., T."""
+    return torch.arange(1, q.shape[1] + 1, device=q.device, dtype=torch.float32)
 
 
-def _launch(q: Tensor, k: Tensor) -> tuple[tuple[int], tuple[int, ...], dict[str, Any]]:
-    """Grid, sizes and compile-time arguments that the three kernels share: one program a (sequence, head)."""
+def _launch(q: Tensor, k: Tensor) -> tuple[tuple[int], tuple[int, ...], dict[str, Any], str]:
+    """Grid, sizes, compile-time arguments and precision that the kernels share: one program a (sequence, head, chunk)."""
     batch, length, heads, width = q.shape
     shape = {
         "K": width,
-        "BK": max(16, triton.next_power_of_2(width)),
-        "C": 64,
-        "DOT": "tf32x3" if q.dtype == torch.float32 else "tf32",
+        "BK": max(16, 1 << (width - 1).bit_length()),
+        "C": CHUNK,
         "num_warps": 4 if width <= 64 else 8,
         "num_stages": 1,
     }
-    return (batch * heads,), (length, heads, *q.stride()[:3], *k.stride()[:3]), shape
+    grid = (batch * heads * -(-length // CHUNK),)
+    return (
+        grid,
+        (length, heads, *q.stride()[:3], *k.stride()[:3]),
+        shape,
+        "tf32x3" if q.dtype == torch.float32 else "tf32",
+    )

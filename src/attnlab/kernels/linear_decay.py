@@ -56,8 +56,8 @@ def linear_decay_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """``o_t = scale * sum_{s <= t} exp(L_t - L_s) (q_t . k_s) v_s`` with L the running sum of the log decay.
 
-    Differentiable in every argument but `scale`, also through the states. (The gradient of the decay is a small difference of two
-    large sums: on a GPU use float32 inputs where a decay is learned; in half precision it keeps only its leading digits, or none.) Inputs may be strided views, such as slices of one
+    Differentiable in every argument but `scale`, also through the states; the gradient of the decay needs room for one state a
+    chunk of 64 tokens. Inputs may be strided views, such as slices of one
     joint projection; only the last axis must be contiguous, else it is copied once. On a GPU float32, bfloat16 and
     float16 run in Triton with float32 states; float64 falls back to torch with a warning.
 

@@ -2,14 +2,15 @@
 
     lse_t = log sum_{i <= t} exp(s_i)           o_t = sum_{i <= t} exp(s_i - lse_t) v_i
 
-All that a program carries from chunk to chunk is (lse, o) of the last token: the triple (m, u, w) of the paper with u = 1.
-Inside a chunk the weights form a lower triangle, as in flash attention, and one matrix product applies them. Backward, from the
-right: with D_t = sum_{k >= t} exp(-lse_k) do_k, a vector, and E_t = sum_{k >= t} exp(-lse_k) (o_k . do_k - dlse_k), a scalar,
+All that a chunk needs of those before it is (lse, o) of its left neighbour's last token: the triple (m, u, w) of the paper with
+u = 1. So a first pass sums up every chunk, the scan of these summaries is the same problem 32 times shorter, and a second pass
+runs all chunks at once; the tree has as many levels as T has digits in base 32. Inside a chunk the weights form a lower triangle,
+as in flash attention, and one matrix product applies them. Backward, from the right: with D_t = sum_{k >= t} exp(-lse_k) do_k, a vector, and E_t = sum_{k >= t} exp(-lse_k) (o_k . do_k - dlse_k), a scalar,
 
     dv_t = exp(s_t) D_t                         ds_t = exp(s_t) (v_t . D_t - E_t)
 
 and because lse never falls, taking it from the first token on the right makes every exponent at most 0.
-Sequences are cut into pieces: a first pass sums up each, and a program starts from the merged pieces before (after) its own.
+There sequences are cut into pieces: a first pass sums up each, and a program walks its piece from the merged pieces after it.
 """
 
 from __future__ import annotations
@@ -22,13 +23,20 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from attnlab.kernels.dispatch import multiprocessors, rows
+from attnlab.kernels.dispatch import cdiv, multiprocessors, rows
 
 
 @triton.jit
 def _safe_exp(x, reference):
     """exp(x - reference), and 0 where both are -inf: a set without any weight."""
     return tl.exp(x - tl.where(reference == float("-inf"), 0.0, reference))
+
+
+@triton.jit
+def _merge(m, u, m_later, u_later):
+    """The paper's merge of two sets: their maximum and the sum of exp(s - maximum)."""
+    top = tl.maximum(m, m_later)
+    return top, u * _safe_exp(m, top) + u_later * _safe_exp(m_later, top)
 
 
 @triton.jit
@@ -46,78 +54,56 @@ def _program(T, H, PIECES, piece):
 
 
 @triton.jit
+def _chunk(T, H, C: tl.constexpr):
+    """Batch row, head, chunk and tokens [C] of this program; neighbours share rows of v."""
+    chunks = tl.cdiv(T, C)
+    i_h, i_c = tl.program_id(0) % H, tl.program_id(0) // H % chunks
+    return (tl.program_id(0) // H // chunks).to(tl.int64), i_h, i_c, chunks, i_c * C + tl.arange(0, C)
+
+
+@triton.jit
 def _summaries(
-    s_ptr, v_ptr, m_ptr, u_ptr, w_ptr, T, H, PIECES, piece, v_b, v_t, v_h,
-    V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """(m, u, w) of every piece: [U, PIECES] twice and [U, PIECES, V]."""
-    i_b, i_h, i_u, i_p, first, last = _program(T, H, PIECES, piece)
-    cs, vs = tl.arange(0, C), tl.arange(0, BV)
-    s_ptr += i_b * T * H + i_h
-    v_ptr += i_b * v_b + i_h * v_h
-    m, u, w = float("-inf"), 0.0, tl.zeros([BV], dtype=tl.float32)
-    for c0 in range(first, last, C):
-        t = (c0 + cs).to(tl.int64)
-        s = tl.load(s_ptr + t * H, mask=t < last, other=float("-inf"))
-        v = tl.load(v_ptr + t[:, None] * v_t + vs[None, :], mask=(t < last)[:, None] & (vs < V)[None, :], other=0.0)
-        top = tl.maximum(m, tl.max(s, 0))
-        p, keep = _safe_exp(s, top), _safe_exp(m, top)
-        u = u * keep + tl.sum(p, 0)
-        w = w * keep + tl.sum(p[:, None] * v.to(tl.float32), 0)
-        m = top
-    at = i_u * PIECES + i_p
-    tl.store(m_ptr + at, m)
-    tl.store(u_ptr + at, u)
-    tl.store(w_ptr + at * V + vs, w, mask=vs < V)
+    s_ptr, v_ptr, lse_ptr, mean_ptr, T, H, v_b, v_t, v_h, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr
+):
+    """(lse, mean) of every chunk: [B, chunks, H] and [B, chunks, H, V], as if each were a token."""
+    i_b, i_h, i_c, chunks, t = _chunk(T, H, C)
+    vs = tl.arange(0, BV)
+    s = tl.load(s_ptr + (i_b * T + t) * H + i_h, mask=t < T, other=float("-inf"))
+    wide = (t < T)[:, None] & (vs < V)[None, :]
+    v = tl.load(v_ptr + i_b * v_b + i_h * v_h + t[:, None].to(tl.int64) * v_t + vs[None, :], mask=wide, other=0.0)
+    top = tl.max(s, 0)
+    p = _safe_exp(s, top)
+    u = tl.sum(p, 0)
+    some = tl.where(u > 0, u, 1.0)
+    at = (i_b * chunks + i_c) * H + i_h
+    tl.store(lse_ptr + at, top + tl.log(some))  # -inf where there is no weight
+    tl.store(mean_ptr + at * V + vs, tl.sum(p[:, None] * v.to(tl.float32), 0) / some, mask=vs < V)
 
 
 @triton.jit
 def _forward(
-    s_ptr, v_ptr, m_ptr, u_ptr, w_ptr, o_ptr, lse_ptr, T, H, PIECES, piece, v_b, v_t, v_h,
+    s_ptr, v_ptr, carried_lse_ptr, carried_mean_ptr, o_ptr, lse_ptr, T, H, v_b, v_t, v_h,
     V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """o [B, T, H, V] and lse [B, T, H]."""
-    i_b, i_h, i_u, i_p, first, last = _program(T, H, PIECES, piece)
+    """o [B, T, H, V] and lse [B, T, H], from the scans of all chunks."""
+    i_b, i_h, i_c, chunks, t = _chunk(T, H, C)
     cs, vs = tl.arange(0, C), tl.arange(0, BV)
-    s_ptr += i_b * T * H + i_h
-    v_ptr += i_b * v_b + i_h * v_h
-    lse_ptr += i_b * T * H + i_h
-    o_ptr += (i_b * T * H + i_h) * V
-    m, u, w = float("-inf"), 0.0, tl.zeros([BV], dtype=tl.float32)
-    for j in range(i_p):  # merge the pieces before this one
-        at = i_u * PIECES + j
-        m_j = tl.load(m_ptr + at)
-        top = tl.maximum(m, m_j)
-        keep, new = _safe_exp(m, top), _safe_exp(m_j, top)
-        u = u * keep + tl.load(u_ptr + at) * new
-        w = w * keep + tl.load(w_ptr + at * V + vs, mask=vs < V, other=0.0) * new
-        m = top
-    before = m + tl.log(tl.where(u > 0, u, 1.0))  # -inf while there was no weight
-    mean = w / tl.where(u > 0, u, 1.0)
-    for c0 in range(first, last, C):
-        t = (c0 + cs).to(tl.int64)
-        inside = t < last
-        s = tl.load(s_ptr + t * H, mask=inside, other=float("-inf"))
-        v = tl.load(v_ptr + t[:, None] * v_t + vs[None, :], mask=inside[:, None] & (vs < V)[None, :], other=0.0)
-        seen = tl.where(cs[:, None] >= cs[None, :], s[None, :], float("-inf"))
-        top = tl.maximum(
-            tl.max(seen, 1), before
-        )  # per row: a maximum over the whole chunk would sink early rows to 0 / 0
-        p, keep = _safe_exp(seen, top[:, None]), _safe_exp(before, top)
-        u_rows = tl.sum(p, 1) + keep
-        o = tl.dot(p.to(v.dtype), v, keep[:, None] * mean[None, :], input_precision=DOT)
-        o = o / tl.where(u_rows > 0, u_rows, 1.0)[:, None]
-        lse = top + tl.log(tl.where(u_rows > 0, u_rows, 1.0))
-        tl.store(
-            o_ptr + t[:, None] * (H * V) + vs[None, :],
-            o.to(o_ptr.dtype.element_ty),
-            mask=inside[:, None] & (vs < V)[None, :],
-        )
-        tl.store(lse_ptr + t * H, lse, mask=inside)
-        mean = tl.sum(
-            tl.where((cs == C - 1)[:, None], o, 0.0), 0
-        )  # past the end nothing has weight, so the last row serves
-        before = tl.sum(tl.where(cs == C - 1, lse, 0.0), 0)
+    inside = t < T
+    wide = inside[:, None] & (vs < V)[None, :]
+    s = tl.load(s_ptr + (i_b * T + t) * H + i_h, mask=inside, other=float("-inf"))
+    v = tl.load(v_ptr + i_b * v_b + i_h * v_h + t[:, None].to(tl.int64) * v_t + vs[None, :], mask=wide, other=0.0)
+    earlier = (i_b * chunks + i_c - 1) * H + i_h
+    before = tl.load(carried_lse_ptr + earlier, mask=i_c > 0, other=float("-inf"))
+    mean = tl.load(carried_mean_ptr + earlier * V + vs, mask=(i_c > 0) & (vs < V), other=0.0)
+    # the running maximum of each token, not that of the chunk, which would sink early tokens to 0 / 0
+    top, u = tl.associative_scan((s, tl.where(s == float("-inf"), 0.0, 1.0)), 0, _merge)
+    top, u = _merge(before, tl.where(before == float("-inf"), 0.0, 1.0), top, u)
+    lse = top + tl.log(tl.where(u > 0, u, 1.0))  # -inf while there is no weight
+    p = _safe_exp(tl.where(cs[:, None] >= cs[None, :], s[None, :], float("-inf")), lse[:, None])
+    o = tl.dot(p.to(v.dtype), v, _safe_exp(before, lse)[:, None] * mean[None, :], input_precision=DOT)
+    token = (i_b * T + t) * H + i_h
+    tl.store(o_ptr + token[:, None] * V + vs[None, :], o.to(o_ptr.dtype.element_ty), mask=wide)
+    tl.store(lse_ptr + token, lse, mask=inside)
 
 
 @triton.jit
@@ -208,12 +194,13 @@ def _backward(
 def pieces_for(s: Tensor) -> tuple[int, int]:
     """How many pieces each sequence is cut into, and their length: about eight programs a multiprocessor, 512 tokens or more."""
     batch, length, heads = s.shape
-    wanted = triton.cdiv(8 * multiprocessors(s.device), batch * heads)
-    piece = triton.cdiv(max(triton.cdiv(length, wanted), min(512, length)), CHUNK) * CHUNK
-    return triton.cdiv(length, piece), piece
+    wanted = cdiv(8 * multiprocessors(s.device), batch * heads)
+    piece = cdiv(max(cdiv(length, wanted), min(512, length)), CHUNK) * CHUNK
+    return cdiv(length, piece), piece
 
 
-CHUNK = 64
+SHORT = 32  # forward: a token costs as many exponentials, and few warps wait for each other least
+CHUNK = 64  # backward, whose programs walk from chunk to chunk
 
 
 class PrefixSoftmax(torch.autograd.Function):
@@ -221,19 +208,7 @@ class PrefixSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, s, v, cut):
-        batch, length, heads = s.shape
-        width = v.shape[-1]
-        pieces, piece = cut
-        o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        lse = torch.empty_like(s)
-        m, u = s.new_empty(2, batch, heads, pieces)
-        w = s.new_empty(batch, heads, pieces, width)
-        sizes = (length, heads, pieces, piece, *v.stride()[:3])
-        shape = {"V": width, "BV": max(16, triton.next_power_of_2(width)), "C": CHUNK}
-        grid = (batch * heads * pieces,)
-        if pieces > 1:
-            _summaries[grid](s, v, m, u, w, *sizes, **shape, num_warps=4, num_stages=3)
-        _forward[grid](s, v, m, u, w, o, lse, *sizes, **shape, DOT=_precision(v), num_warps=4, num_stages=3)
+        o, lse = _prefixes(s, v)
         ctx.save_for_backward(s, v, o, lse)
         ctx.cut = cut
         return o, lse
@@ -250,7 +225,7 @@ class PrefixSoftmax(torch.autograd.Function):
         d = s.new_empty(batch, heads, pieces, width)
         e = s.new_empty(batch, heads, pieces)
         sizes = (length, heads, pieces, piece)
-        shape = {"V": width, "BV": max(16, triton.next_power_of_2(width)), "C": CHUNK}
+        shape = {"V": width, "BV": _padded(width), "C": CHUNK}
         grid = (batch * heads * pieces,)
         if pieces > 1:
             _flows_back[grid](lse, o, d_o, d_lse, d, e, *sizes, *d_o.stride()[:3], **shape, num_warps=4, num_stages=3)
@@ -259,6 +234,29 @@ class PrefixSoftmax(torch.autograd.Function):
             **shape, DOT=_precision(v), num_warps=4, num_stages=2,
         )  # fmt: skip
         return ds, dv, None
+
+
+def _prefixes(s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """o and lse of every prefix. What a chunk starts from is the same question about chunks, so it is answered in the same way."""
+    batch, length, heads = s.shape
+    width = v.shape[-1]
+    chunks = cdiv(length, SHORT)
+    o, lse = torch.empty(v.shape, dtype=v.dtype, device=v.device), torch.empty_like(s)
+    sizes = (length, heads, *v.stride()[:3])
+    shape = {"V": width, "BV": _padded(width), "C": SHORT, "num_warps": cdiv(width, 64)}
+    grid = (batch * chunks * heads,)
+    carried = (lse, o)  # one chunk: nobody reads it
+    if chunks > 1:
+        s_of, v_of = s.new_empty(batch, chunks, heads), s.new_empty(batch, chunks, heads, width)
+        _summaries[grid](s, v, s_of, v_of, *sizes, **shape)
+        means, lses = _prefixes(s_of, v_of)
+        carried = (lses, means)
+    _forward[grid](s, v, *carried, o, lse, *sizes, **shape, DOT=_precision(v))
+    return o, lse
+
+
+def _padded(width: int) -> int:
+    return max(16, 1 << (width - 1).bit_length())
 
 
 def _precision(v: Tensor) -> str:

@@ -30,12 +30,15 @@ class Case:
     costs: Costs
     implementations: tuple[Implementation, ...]
     more_shapes: tuple[Shape, ...] = ()
+    narrow: bool = True  # whether heads of 64 channels are measured too
 
     def shapes(self, device: str, *, quick: bool) -> tuple[Shape, ...]:
         """``quick``: the main heads at both ends of T, and what the operator has of its own."""
         if device != "cuda":
             return TINY
-        return (MAIN[0], MAIN[-1], *self.more_shapes) if quick else (*MAIN, *NARROW, *self.more_shapes)
+        if quick:
+            return (MAIN[0], MAIN[-1], *self.more_shapes)
+        return (*MAIN, *(NARROW if self.narrow else ()), *self.more_shapes)
 
     def standing(self, shape: Shape, device: str, *, compiles: bool) -> list[Implementation]:
         """Who is measured at this shape, with or without those that compile."""
@@ -64,19 +67,6 @@ CASES = (
             peers.fla("fused_chunk_simple_gla", "g_gamma"),
             peers.fla_lightning(),
             *_softmax(),
-        ),
-    ),
-    Case(
-        "linear_decay",
-        "no decay",
-        problems.undecayed,
-        problems.linear_reference,
-        problems.linear_cost,
-        (
-            peers.linear_decay(),
-            peers.parallel(MAIN[:2]),
-            peers.fla("chunk_simple_gla"),
-            peers.fla("fused_chunk_simple_gla"),
         ),
     ),
     Case(
@@ -112,7 +102,21 @@ CASES = (
         problems.flows,
         problems.flow_reference,
         problems.flow_cost,
-        (peers.flow(), peers.fla_normalised(), peers.chunked_flow(MAIN)),
+        (peers.flow(), peers.fla_normalised(), peers.chunked_flow(MAIN[:2])),
+    ),
+    Case(
+        "linear_decay",
+        "no decay",
+        problems.undecayed,
+        problems.linear_reference,
+        problems.linear_cost,
+        (
+            peers.linear_decay(),
+            peers.parallel(MAIN[:2]),
+            peers.fla("chunk_simple_gla"),
+            peers.fla("fused_chunk_simple_gla"),
+        ),
+        narrow=False,
     ),
 )
 OPERATORS = tuple(dict.fromkeys(case.operator for case in CASES))

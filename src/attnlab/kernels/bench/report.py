@@ -27,6 +27,7 @@ SOURCES = tuple(
     for name in (
         "aaren_scan",
         "causal_flow",
+        "decay_gradient",
         "decay_sweep",
         "dispatch",
         "flow_gates",

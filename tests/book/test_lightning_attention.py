@@ -1,0 +1,43 @@
+"""The linked picture of the decays: a clicked head and a chosen schedule change what they should."""
+
+import re
+
+import pytest
+from playwright.sync_api import expect
+
+MAP = "#decay-map"
+
+
+@pytest.fixture(params=[1280, 390])
+def page(request, reader, page_with):
+    return reader(request.param).open(page_with('id="decay-map"'))
+
+
+def words(page, text):
+    """A line of text in the drawing."""
+    return page.locator(f"{MAP} svg text").filter(has_text=re.compile(text))
+
+
+def mask(page):
+    """How opaque the entries of the mask are, in the order of the drawing."""
+    return page.evaluate(
+        f"[...document.querySelectorAll('{MAP} svg .mark-rect path')].map((mark) => mark.getAttribute('opacity'))"
+    )
+
+
+def test_a_click_on_a_head_draws_its_mask(page):
+    expect(
+        words(page, r"^Layer 0, head 1 keeps 0\.368 a token:half of a write is gone after 0\.69 tokens")
+    ).to_have_count(1)
+    before = mask(page)
+    words(page, r"^8\.3$").click(force=True)  # the cell, through its label
+    expect(
+        words(page, r"^Layer 11, head 1 keeps 0\.92 a token:half of a write is gone after 8\.3 tokens")
+    ).to_have_count(1)
+    assert mask(page) != before
+
+
+def test_the_schedule_changes_the_same_head(page):
+    page.locator(f"{MAP} .vega-bind", has_text="schedule").locator("select").select_option("eq. 10, heads from 0")
+    expect(words(page, "^Layer 0, head 1 keeps everything:nothing is forgotten")).to_have_count(1)
+    expect(words(page, "^∞$")).to_have_count(12)

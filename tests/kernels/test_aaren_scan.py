@@ -1,0 +1,92 @@
+"""``attnlab.kernels.aaren_scan`` off the GPU: the torch form in float64, carried summaries, gradients, bad input."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from attnlab.kernels.aaren_scan import aaren_scan
+from attnlab.mixers import Summary, aaren
+
+close = {"rtol": 1e-12, "atol": 1e-12}
+B, H, V = 2, 3, 20
+
+
+@pytest.fixture
+def draw():
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("length", [1, 37, 63, 64, 100, 130])
+@pytest.mark.parametrize("spread", [1, 50])
+def test_it_is_the_mixer(length, spread, draw):
+    s, v = spread * draw(B, length, H), draw(B, length, H, V)
+    o, summary = aaren_scan(s, v)
+    wanted, end = aaren(s, v, form="parallel")
+    torch.testing.assert_close(o, wanted, **close)
+    for got, right in zip(summary, end, strict=True):
+        torch.testing.assert_close(got, right, **close)
+
+
+@pytest.mark.parametrize("cut", [1, 37, 64])
+def test_a_sequence_cut_anywhere(cut, draw):
+    s, v = 20 * draw(B, 100, H), draw(B, 100, H, V)
+    whole, end = aaren_scan(s, v)
+    first, past = aaren_scan(s[:, :cut], v[:, :cut])
+    rest, last = aaren_scan(s[:, cut:], v[:, cut:], initial=past)
+    torch.testing.assert_close(torch.cat([first, rest], 1), whole, **close)
+    for got, right in zip(last, end, strict=True):
+        torch.testing.assert_close(got, right, **close)
+
+
+def test_gradients_reach_scores_values_and_the_past(draw):
+    s, v, m, u, w = (draw(1, 9, 2), draw(1, 9, 2, 3), draw(1, 2), draw(1, 2).exp(), draw(1, 2, 3))
+
+    def outputs(s, v, u, w):
+        o, end = aaren_scan(s, v, initial=Summary(m, u, w))
+        return o, end.w / end.u[..., None]
+
+    assert torch.autograd.gradcheck(outputs, [x.requires_grad_() for x in (s, v, u, w)])
+
+
+def test_half_precision_is_computed_in_single_and_returned_in_half(draw):
+    s, v = draw(B, 100, H).half(), draw(B, 100, H, V).half()
+    o, summary = aaren_scan(s, v)
+    wanted, _ = aaren(s.double(), v.double())
+    assert o.dtype == torch.float16
+    assert {x.dtype for x in summary} == {torch.float32}
+    torch.testing.assert_close(o.double(), wanted, rtol=0, atol=2e-3)
+    rest, _ = aaren_scan(s, v, initial=summary)
+    assert rest.dtype == torch.float16
+
+
+def test_tokens_without_weight(draw):
+    s, v = draw(B, 37, H), draw(B, 37, H, V)
+    s[:, :5] = -math.inf
+    o, _ = aaren_scan(s, v)
+    assert torch.equal(o[:, :5], torch.zeros_like(o[:, :5]))
+    torch.testing.assert_close(o[:, 5:], aaren_scan(s[:, 5:], v[:, 5:])[0], **close)
+
+
+def test_bad_input_is_named(draw):
+    s, v = draw(B, 37, H), draw(B, 37, H, V)
+    past = aaren_scan(s, v)[1]
+    with pytest.raises(ValueError, match=r"v: .*\[B, T, H, V\]"):
+        aaren_scan(s, v[0])
+    with pytest.raises(ValueError, match=r"s: "):
+        aaren_scan(s[:, 1:], v)
+    with pytest.raises(ValueError, match="V=257 is wider"):
+        aaren_scan(s, v[..., :1].expand(-1, -1, -1, 257))
+    with pytest.raises(ValueError, match=r"initial\.u"):
+        aaren_scan(s, v, initial=Summary(past.m, past.u[:1], past.w))
+    with pytest.raises(ValueError, match=r"initial\.w"):
+        aaren_scan(s, v, initial=Summary(past.m, past.u, past.w[..., 1:]))
+    with pytest.raises(ValueError, match="s: on meta"):
+        aaren_scan(s.to("meta"), v)
+    with pytest.raises(ValueError, match=r"T"):
+        aaren_scan(s[:, :0], v[:, :0])
+    with pytest.raises(ValueError, match=r"NaN or \+inf"):
+        aaren_scan(s.log(), v)
