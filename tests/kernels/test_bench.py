@@ -289,3 +289,9 @@ def test_the_table_shows_who_wins():
     assert "  SDPA cudnn, softmax: RuntimeError: no such backend (1 x)" in lines
     assert "  attnlab: OutOfMemoryError: too large (1 x)" in lines
     assert "  flex_attention, softmax: skipped: about 70 ms a call, more than 60 (1 x)" in lines
+
+
+def test_the_command_names_the_records_folder_only():
+    given = ["--out", "/somewhere/private/linear.json", "--quick"]
+    assert report._in_records(given) == ["--out", "records/linear.json", "--quick"]
+    assert report._in_records(["--quick"]) == ["--quick"]

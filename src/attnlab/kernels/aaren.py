@@ -28,7 +28,7 @@ class Aaren(nn.Module):
     """Causal softmax attention whose query is learned, and the same at every token (section 3 of the paper).
 
     A layer has the four matrices of softmax attention and one vector more, the query before its projection. What is kept of
-    the past is a :class:`~attnlab.mixers.Summary`, V + 2 numbers a head.
+    the past is a :class:`~attnlab.mixers.softmax_merge.Summary`, V + 2 numbers a head.
 
     Args:
         width: D, a multiple of ``heads``.

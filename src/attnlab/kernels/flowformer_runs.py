@@ -41,7 +41,7 @@ class Task:
         steps: updates.
         lr: the highest learning rate.
         examples: held-out sequences.
-        precision: see :class:`~attnlab.models.training.TrainConfig`.
+        precision: see :class:`~attnlab.models.run.TrainConfig`.
     """
 
     width: int = 32

@@ -1,6 +1,6 @@
 """TransNormerLLM, the language model on Lightning Attention (Qin et al. 2024, arXiv:2405.17381; 2023, arXiv:2307.14995).
 
-Taught in the chapter ``kernels/lightning-attention``. The kernel underneath, :func:`linear_decay_attention`, has a chapter of
+Taught in the chapter ``kernels/lightning-attention``. The kernel underneath, :func:`~attnlab.kernels.linear_decay.linear_decay_attention`, has a chapter of
 its own. Around it the paper changes four things of a Transformer, each a short class here: the denominator becomes an RMS norm
 (:class:`SRMSNorm`), positions become a fixed decay a head (:func:`decay_table`) and, in the first layer, a learned rotation
 (:class:`LRPE`), a gate multiplies what attention returns (:class:`GatedLinearAttention`), and the channel mixer is bilinear
@@ -138,14 +138,14 @@ class GatedLinearAttention(nn.Module):
 
 
 def decay_table(layers: int, heads: int, schedule: Schedule = "alibi", *, by_layer: bool = True) -> Tensor:
-    """Log decays of a whole model, [L, H], of one of the three schedules of :func:`~attnlab.mixers.lightning_log_decay`.
+    """Log decays of a whole model, [L, H], of one of the three schedules of :func:`~attnlab.mixers.decays.lightning_log_decay`.
 
     Args:
         schedule: by default that of the released code; eq. 10 (``"paper"``) needs many layers before any head sees far.
         by_layer: if False, every layer has the decays of the first (the paper's ablation in Table 5).
 
     Raises:
-        ValueError: what :func:`~attnlab.mixers.lightning_log_decay` raises.
+        ValueError: what :func:`~attnlab.mixers.decays.lightning_log_decay` raises.
     """
     checks.at_least("layers", layers)
     chosen = range(layers) if by_layer else [0] * layers

@@ -73,7 +73,7 @@ class Setting:
         steps: updates.
         lr: learning rate, the same for all.
         held_out: sequences of validation text, spread evenly over all of it.
-        precision: see :class:`~attnlab.models.training.TrainConfig`.
+        precision: see :class:`~attnlab.models.run.TrainConfig`.
     """
 
     width: int = 64

@@ -1,20 +1,22 @@
 """The mixers of the papers, each as one setting of the four switches of :mod:`attnlab.mixers.recurrence`.
 
 Only the core: projections, short convolutions, norms and output gates belong to a layer around it. All functions take the
-options of :func:`attnlab.mixers.attend` by name (``form``, ``chunk_size``, ``scale``, ``initial_state``) and return outputs
+options of :func:`~attnlab.mixers.recurrence.attend` by name (``form``, ``chunk_size``, ``scale``, ``initial_state``) and return outputs
 and the final state. Unless a docstring says otherwise, q and k are [B, T, H, K], v is [B, T, H, V], states [B, H, K, V],
 and bad input raises ``ValueError``.
 
-| mixer | decay a | write w | erase e |
-|---|---|---|---|
-| linear attention | 1 | 1 | 0 |
-| retention, lightning | fixed, a head | 1 | 0 |
-| GLA | a token and key channel | 1 | 0 |
-| HGRN-2 | a token and key channel, k = 1 - a | 1 | 0 |
-| HGRN | the same, one channel a head | 1 | 0 |
-| SSD (Mamba-2) | a token | step | 0 |
-| delta rule | 1 | b | b |
-| gated delta rule | a token | b | b |
+==================== ================================== ======= =======
+mixer                decay a                            write w erase e
+==================== ================================== ======= =======
+linear attention     1                                  1       0
+retention, lightning fixed, a head                      1       0
+GLA                  a token and key channel            1       0
+HGRN-2               a token and key channel, k = 1 - a 1       0
+HGRN                 the same, one channel a head       1       0
+SSD (Mamba-2)        a token                            step    0
+delta rule           1                                  b       b
+gated delta rule     a token                            b       b
+==================== ================================== ======= =======
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from attnlab.mixers.recurrence import Form, attend
 
 
 class How(TypedDict, total=False):
-    """What the caller may choose besides the mathematics; see :func:`attnlab.mixers.attend`."""
+    """What the caller may choose besides the mathematics; see :func:`~attnlab.mixers.recurrence.attend`."""
 
     form: Form
     chunk_size: int
@@ -120,7 +122,7 @@ def lightning_attention(
     The paper has no scale and normalises the output instead: pass ``scale=1.0`` for its formula.
 
     Args:
-        log_decay: [H], for instance of :func:`attnlab.mixers.lightning_log_decay`.
+        log_decay: [H], for instance of :func:`~attnlab.mixers.decays.lightning_log_decay`.
     """
     checks.rank("log_decay", log_decay, "[H]")
     return attend(q, k, v, log_decay, **how)

@@ -37,6 +37,15 @@ SOURCES = tuple(
 )
 
 
+def _in_records(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the folder of --out as in a checkout: where a GPU machine keeps its files is nobody's business."""
+    named = list(arguments)
+    if "--out" in named[:-1]:
+        at = named.index("--out") + 1
+        named[at] = f"records/{Path(named[at]).name}"
+    return named
+
+
 def provenance(arguments: Sequence[str], commit: str | None, bandwidth: float) -> dict[str, Any]:
     """Everything of the record but its rows: what was run, when, where, and with which versions.
 
@@ -47,7 +56,7 @@ def provenance(arguments: Sequence[str], commit: str | None, bandwidth: float) -
     others = {name: _version(name) for name in ("triton", "flash-linear-attention")}
     return {
         "schema": records.SCHEMA,
-        "command": shlex.join(["python", "-m", "attnlab.kernels.bench", *arguments]),
+        "command": shlex.join(["python", "-m", "attnlab.kernels.bench", *_in_records(arguments)]),
         "commit": commit or _commit(),
         "date": lab.now(),
         "machine": lab.machine() | {"copy_gbps": bandwidth * 1e-9},
