@@ -250,3 +250,17 @@ class TestClock:
         out = capsys.readouterr().out
         assert out.count("over its budget") == 1
         assert word in out
+
+
+def test_one_thread_gives_the_others_back_even_after_an_error() -> None:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyError), lab.one_thread():
+            assert torch.get_num_threads() == 1
+            raise KeyError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

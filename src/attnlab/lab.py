@@ -15,7 +15,8 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -283,6 +284,19 @@ def _shell() -> Any:
     """The running IPython shell, or None. A process that has not loaded IPython is in none."""
     ipython = sys.modules.get("IPython")
     return None if ipython is None else ipython.get_ipython()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread of torch inside: two that wait for a core which somebody else uses cost more than they bring."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _set_threads() -> int:

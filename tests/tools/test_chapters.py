@@ -110,8 +110,8 @@ def test_new_chapter_goes_last_into_its_part() -> None:
 
 
 def test_new_chapter_writes_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    toc = (chapters.ROOT / "_toc.yml").read_text()
-    (tmp_path / "_toc.yml").write_text(toc)
+    before = [chapter.name for chapter in all_chapters()]
+    (tmp_path / "_toc.yml").write_text((chapters.ROOT / "_toc.yml").read_text())
     for module in (chapters, new_chapter):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     written = {path.relative_to(tmp_path).as_posix() for path in new_chapter.create("circuits", "sae-circuits")}
@@ -123,4 +123,5 @@ def test_new_chapter_writes_every_file(tmp_path: Path, monkeypatch: pytest.Monke
         "tests/circuits/test_sae_circuits.py",
         "_toc.yml",
     } <= written
-    assert [chapter.name for chapter in all_chapters()] == [REUSE, "circuits/sae-circuits"]
+    after = [chapter.name for chapter in all_chapters()]
+    assert after == [REUSE, "circuits/sae-circuits", *(name for name in before if name != REUSE)]

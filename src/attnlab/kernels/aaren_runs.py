@@ -92,7 +92,7 @@ def growth(rows: Iterable[Cost], layer: str, *, short: int, long: int) -> tuple[
 
 def compare(task: Task, mixers: Iterable[str] = tuple(MIXERS), seeds: Iterable[int] = SEEDS) -> list[Run]:
     """Train every mixer on every seed, on one thread: a second would wait longer than it works on matrices this small."""
-    with _one_thread():
+    with lab.one_thread():
         return [task.train(mixer, seed) for mixer, seed in lab.progress(list(product(mixers, seeds)), task.name)]
 
 
@@ -130,16 +130,6 @@ def shortcut_errors(found: dict[str, Tensor], exact: Tensor) -> pd.DataFrame:
             "error of the rest": float((outputs.double() - exact)[kept].abs().max()) if bool(kept.any()) else None,
         }
     return pd.DataFrame.from_dict(rows, orient="index")
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 # ------------------------------------------------------------------------------------------------------- on a GPU

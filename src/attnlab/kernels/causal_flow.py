@@ -15,7 +15,7 @@ from attnlab.mixers import checks, flow
 def causal_flow(q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-6, clamp: float = 1.0) -> Tensor:
     """Flow attention over prefixes: two gates a token from conserved flows, around linear attention without decay.
 
-    The gates come from one sweep over chunks (`flow_gates`); what is left is `linear_decay_attention` on sigmoid features.
+    The gates come from three passes over all chunks (`flow_gates`); what is left is `linear_decay_attention` on sigmoid features.
     Elsewhere, and in float64, the chunked form of `attnlab.mixers.flow` runs.
 
     Args:

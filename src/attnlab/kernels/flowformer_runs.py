@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from attnlab import data, lab
 from attnlab.kernels.flowformer import ARMS, Attention, MultiHead
-from attnlab.kernels.lightning_attention_2_runs import one_thread
 from attnlab.models.language import Decoder, Trunk, initialise
 from attnlab.models.losses import target_accuracy, target_loss
 from attnlab.models.sweep import sweep
@@ -241,7 +240,7 @@ def compare(task: Task, *, lrs: Sequence[float] | None = None, seeds: Sequence[i
     """
     import pandas as pd
 
-    with one_thread():
+    with lab.one_thread():
         frames = [train(task, arm, lrs or (task.lr,), seeds) for arm in lab.progress(list(ARMS), task.name)]
     return pd.concat(frames, ignore_index=True)
 

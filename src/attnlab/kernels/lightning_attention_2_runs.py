@@ -10,8 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,17 +83,6 @@ def sequences(
     return q, k, v
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread inside: two that wait for a core which somebody else uses cost more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 @torch.inference_mode()
 def seconds(form: Form, inputs: Sequence[Tensor]) -> float:
     """The fastest of up to eight runs: whatever else the machine does can only slow one down."""
@@ -115,7 +103,7 @@ def compare_forms(log_decay: Tensor, length: int, *, width: int = 64) -> pd.Data
 
     inputs = sequences(length, tokens=length, heads=len(log_decay), width=width)
     rows = {}
-    with one_thread():
+    with lab.one_thread():
         for name, form in forms(log_decay).items():
             one = cost(name, length, width)
             took = seconds(form, inputs)
@@ -134,7 +122,7 @@ def time_chunks(log_decay: Tensor, sizes: Sequence[int], *, length: int = 8192, 
     import pandas as pd
 
     inputs = sequences(length, tokens=length, heads=len(log_decay))
-    with one_thread():
+    with lab.one_thread():
         rows = [
             {"chunk": size, "round": number, "ms": 1e3 * seconds(forms(log_decay, size)["tiled"], inputs)}
             for number in range(rounds)
@@ -168,7 +156,7 @@ def time_lengths(
     every = sorted({n for some in lengths.values() for n in some})
     by_name = {name: forms(log_decay)[name] for name in lengths}
     rows = []
-    with one_thread():
+    with lab.one_thread():
         for number in lab.progress(range(-1, rounds), "rounds"):  # the first only warms up, with the shortest sequences
             for length in every if number >= 0 else every[:1]:
                 inputs = sequences(length, tokens=tokens, heads=len(log_decay), width=width, seed=seed)

@@ -4,7 +4,7 @@ Every model has the parameters of the first, TNL: what the others lack or add is
 mixers. All have norms without gains, so that only the mixers, the positions and the channel mixers differ.
 
 ``python -m attnlab.kernels.lightning_attention_runs --record records/lightning-attention.json --commit SHA`` repeats the
-comparison with six layers on a GPU, with every model of :func:`arms`, and times training steps.
+comparison with six layers on a GPU, with every model of ``arms``, and times training steps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from attnlab import claims, data, lab
 from attnlab.kernels import records
 from attnlab.kernels.lightning_attention import SRMSNorm, decay_table, tnl
-from attnlab.kernels.lightning_attention_2_runs import one_thread
 from attnlab.mixers.decays import Schedule
 from attnlab.models.language import MLP, SGLU, Decoder, SoftmaxAttention
 from attnlab.models.losses import next_token_loss
@@ -174,7 +173,7 @@ def compare(s: Setting, names: Iterable[str] = JUDGED, seeds: Sequence[int] = SE
     """Train models of the comparison: one row a run, ``model, seed, parameters, loss, seconds``."""
     import pandas as pd
 
-    with one_thread():  # so small matrices gain little from a second
+    with lab.one_thread():  # so small matrices gain little from a second
         return pd.DataFrame([run(name, s, seed) for name in lab.progress(list(names), "models") for seed in seeds])
 
 
@@ -248,7 +247,7 @@ def speed(s: Setting, lengths: Sequence[int], *, tokens: int, rounds: int = 5, t
     models = {name: seeded(partial(build, name, s), 0).to(lab.device()) for name in (OURS, ROTARY)}
     timed = partial(_update_seconds, precision=s.precision) if training else _forward_seconds
     rows: list[dict[str, Any]] = []
-    with one_thread():
+    with lab.one_thread():
         for number in range(-1, rounds):  # the first warms up: kernels are compiled for each shape
             for length in lengths:
                 batch = data.windows(np.random.default_rng(0), _characters("train"), tokens // length, length)
