@@ -295,3 +295,34 @@ def test_the_command_names_the_records_folder_only():
     given = ["--out", "/somewhere/private/linear.json", "--quick"]
     assert report._in_records(given) == ["--out", "records/linear.json", "--quick"]
     assert report._in_records(["--quick"]) == ["--quick"]
+
+
+def test_a_stopped_record_goes_on(finished, tmp_path):
+    whole, _ = finished
+    first = tmp_path / "first.json"
+    kept = [row for row in whole["rows"] if row["operator"] != "scalar_gated"]
+    first.write_text(json.dumps(whole | {"rows": kept}))
+    assert (
+        main(["--operators", "scalar_gated", "linear_decay", "--resume", str(first), "--out", str(tmp_path / "o.json")])
+        == 0
+    )
+    record = json.loads((tmp_path / "o.json").read_text())
+    assert record["rows"][: len(kept)] == kept
+    assert {row["operator"] for row in record["rows"][len(kept) :]} == {"scalar_gated"}
+    assert len(record["rows"]) == len(whole["rows"])
+    assert record["command"].count("attnlab.kernels.bench") == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sources": {}}, "other sources"),
+        ({"versions": {}}, "other versions"),
+        ({"machine": {"gpu": "X"}}, "made on X"),
+    ],
+)
+def test_records_of_different_things_are_not_mixed(finished, tmp_path, change, message):
+    first = tmp_path / "first.json"
+    first.write_text(json.dumps(finished[0] | change))
+    with pytest.raises(ValueError, match=message):
+        main(["--resume", str(first), "--out", str(tmp_path / "o.json")])

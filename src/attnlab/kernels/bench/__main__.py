@@ -35,13 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_float32_matmul_precision("high")  # for peers that calculate in float32
     bandwidth = copy_bandwidth(device)
     record = report.provenance(arguments, options.commit, bandwidth)
-    rows: list[Row] = []
+    rows: list[Row] = report.resumed(options.resume, record) if options.resume else []
+    done = {_problem(row) for row in rows}
     for case, shape, implementations in _plan(options.operators, device.type, options.quick):
         seconds = time.monotonic() - started
         if seconds > options.budget:
             record["stopped"] = f"after {seconds:.0f} s, before {case.operator}, {case.name}, {shape}"
             break
-        for row in _rows(case, shape, implementations, device, bandwidth):
+        missing = [x for x in implementations if (case.operator, case.name, str(shape), x.name) not in done]
+        for row in _rows(case, shape, missing, device, bandwidth):
             rows.append(row)
             print(f"{time.monotonic() - started:5.0f} s  {_progress(row)}", flush=True)
         lab.write_json(options.out, record | {"seconds": time.monotonic() - started, "rows": rows})
@@ -56,6 +58,8 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
                         help=f"some of {', '.join(OPERATORS)}; by default all")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="16 heads of 128 channels at 1k and 64k tokens only")
     parser.add_argument("--budget", type=float, default=280.0, metavar="SECONDS", help="start nothing new after that")
+    parser.add_argument("--resume", type=Path, metavar="RECORD", help="go on with a record that a budget stopped, of the same "
+                        "code, machine and versions")  # fmt: skip
     parser.add_argument("--commit", help="what the code is, where there is no repository to ask")
     parser.add_argument(
         "--out", type=Path, default=Path("records/linear-kernels-h200.json"), help="default: %(default)s"
@@ -88,6 +92,11 @@ def _rows(
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _problem(row: Row) -> tuple[str, str, str, str]:
+    """What a row measured, apart from the pass."""
+    return row["operator"], row["case"], str(Shape(**row["shape"])), row["impl"]
 
 
 def _progress(row: Row) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -69,6 +70,23 @@ def provenance(arguments: Sequence[str], commit: str | None, bandwidth: float) -
         },
         "sources": records.digests(SOURCES),
     }
+
+
+def resumed(path: Path, record: dict[str, Any]) -> list[Row]:
+    """The rows of an earlier record, whose command `record` then names too.
+
+    Raises:
+        ValueError: a record of other code, another GPU, other versions or settings: its rows do not belong beside new ones.
+    """
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("sources", "versions", "settings"):
+        if earlier[name] != record[name]:
+            raise ValueError(f"--resume: {path.name} has other {name}; measure everything again")
+    if earlier["machine"]["gpu"] != record["machine"]["gpu"]:
+        raise ValueError(f"--resume: {path.name} was made on {earlier['machine']['gpu']}; measure everything again")
+    record["command"] = f"{earlier['command']}; {record['command']}"
+    rows: list[Row] = earlier["rows"]
+    return rows
 
 
 def tables(rows: Sequence[Row]) -> str:
