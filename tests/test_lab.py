@@ -255,12 +255,16 @@ class TestClock:
 def test_one_thread_gives_the_others_back_even_after_an_error() -> None:
     import torch
 
+    def fails() -> None:
+        with lab.one_thread():
+            assert torch.get_num_threads() == 1
+            raise KeyError
+
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with pytest.raises(KeyError), lab.one_thread():
-            assert torch.get_num_threads() == 1
-            raise KeyError
+        with pytest.raises(KeyError):
+            fails()
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
