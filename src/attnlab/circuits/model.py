@@ -31,6 +31,7 @@ HOOKS = {
     "v": "blocks.{}.attn.hook_v",  # [B, T, n_kv_heads, d_head]
     "pattern": "blocks.{}.attn.hook_pattern",  # [B, n_heads, T, T]  after the softmax
     "z": "blocks.{}.attn.hook_z",  # [B, T, n_heads, d_head]   head output before W_O
+    "mlp_in": "blocks.{}.ln2.hook_in",  # [B, T, d_model]     residual stream entering the norm of the MLP
     "mlp_out": "blocks.{}.mlp.hook_out",  # [B, T, d_model]
 }
 
