@@ -18,11 +18,9 @@ from torch import Tensor, nn
 
 from attnlab import lab
 from attnlab.kernels.aaren_scan import aaren_scan
-from attnlab.mixers import Summary, aaren, leaf, merge, read
+from attnlab.mixers import Summary, leaf, merge, read
 from attnlab.models.language import Block, SequenceModel, SoftmaxAttention
 from attnlab.models.training import seeded
-
-CHUNK = 64  # to which the scan pads a sequence on a CPU
 
 
 class Aaren(nn.Module):
@@ -58,11 +56,7 @@ class Aaren(nn.Module):
 
     def absorb(self, x: Tensor, past: Summary | None = None) -> tuple[Tensor, Summary]:
         """The outputs of a piece of a stream [B, T, D], after what ``past`` summarises, and the summary of both."""
-        s, v = self.scores_and_values(x)
-        if x.is_cuda or x.shape[1] > CHUNK:
-            o, summary = aaren_scan(s, v, initial=past)
-        else:  # a single chunk, without padding
-            o, summary = aaren(s, v, form="parallel", initial=past)
+        o, summary = aaren_scan(*self.scores_and_values(x), initial=past)
         return self.out(o.flatten(2)), summary  # [B, T, H, V] -> [B, T, D]
 
     def step(self, x: Tensor, past: Summary | None = None) -> tuple[Tensor, Summary]:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from importlib import metadata
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -205,20 +204,7 @@ def write_record(path: Path, tasks: Iterable[Task], *, commit: str, command: str
         for task in tasks:
             start = time.perf_counter()
             rows += large_rows(task, run)
-            versions = lab.versions()
-            if torch.cuda.is_available():
-                versions["triton"] = metadata.version("triton")
-            record = {
-                "schema": records.SCHEMA,
-                "command": command,
-                "commit": commit,
-                "date": lab.now(),
-                "machine": lab.machine(),
-                "versions": versions,
-                "sources": records.digests(SOURCES),
-                "rows": rows,
-            }
-            lab.write_json(path, record)
+            records.write(path, rows, sources=SOURCES, command=command, commit=commit)
             print(f"{task.name}: {rows[-1]['verdict']}, {time.perf_counter() - start:.0f} s", flush=True)
 
 

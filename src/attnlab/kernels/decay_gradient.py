@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnlab.kernels.dispatch import cdiv
+from attnlab.kernels.dispatch import cdiv, padded
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def decay_gradient(
     _suffix_sums[(chunks * heads,)](
         q, dq, k, dk, products, out, cu_seqlens, _owners(cu_seqlens, chunk, chunks), scale, length, heads,
         *q.stride()[:3], *k.stride()[:3],
-        K=width, BK=1 << (width - 1).bit_length(), NV=slices, C=chunk, VARLEN=cu_seqlens is not None, num_warps=4,
+        K=width, BK=padded(width), NV=slices, C=chunk, VARLEN=cu_seqlens is not None, num_warps=4,
     )  # fmt: skip
     return out
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attnlab.kernels.decay_gradient import Boundaries, boundaries, decay_gradient
-from attnlab.kernels.dispatch import cdiv, multiprocessors, rows
+from attnlab.kernels.dispatch import cdiv, dot_precision, multiprocessors, padded, rows
 
 FORGOTTEN: tl.constexpr = tl.constexpr(30.0)  # exp(-30) = 1e-13: what has decayed this far adds nothing in float32
 
@@ -243,7 +243,7 @@ def tiles_for(q: Tensor, v: Tensor, *, packed: bool = False) -> Tiles:
         chunk, slices, warps, stages = 64, 32, 4, 2
     else:
         chunk, slices, warps, stages = 64, 64, 4, 3 if widest <= 64 else 2
-    slices = min(slices, _padded(v.shape[-1]))
+    slices = min(slices, padded(v.shape[-1]))
     programs = batch * heads * cdiv(v.shape[-1], slices)
     waves = 2 * multiprocessors(q.device)  # programs that run at once: two a multiprocessor
     pieces = 1
@@ -288,7 +288,7 @@ def sweep(
     _sweep[(sequences * heads * tiles.pieces * slices,)](
         q, k, v, log_decay, out, start, *(updates or (None, None)), last, cu_seqlens, *behind, scale,
         length, heads, tiles.pieces, _piece_length(length, tiles.pieces, tiles.chunk), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *layout,
-        K=width, V=channels, BK=_padded(width), BV=tiles.slice, C=tiles.chunk,
+        K=width, V=channels, BK=padded(width), BV=tiles.slice, C=tiles.chunk,
         REVERSE=reverse, GATED=log_decay.dim() == 3, FAR=_far(q, k, v), VARLEN=cu_seqlens is not None,
         START=start is not None, FINAL=final, SPLIT=tiles.pieces > 1,
         KEEP=keep is not None, MEET=meet is not None, **_precision(q),
@@ -309,8 +309,8 @@ def piece_updates(k: Tensor, v: Tensor, log_decay: Tensor, tiles: Tiles, *, reve
     _piece_updates[(batch * heads * tiles.pieces * slices,)](
         k, v, log_decay, states, sums,
         length, heads, tiles.pieces, _piece_length(length, tiles.pieces, tiles.chunk), *k.stride()[:3], *v.stride()[:3],
-        K=width, V=channels, BK=_padded(width), BV=tiles.slice, C=tiles.chunk,
-        REVERSE=reverse, GATED=log_decay.dim() == 3, FAR=_far(k, v), DOT=_precision(k)["DOT"],
+        K=width, V=channels, BK=padded(width), BV=tiles.slice, C=tiles.chunk,
+        REVERSE=reverse, GATED=log_decay.dim() == 3, FAR=_far(k, v), DOT=dot_precision(k),
         num_warps=tiles.warps, num_stages=tiles.stages + 1,  # two blocks a chunk instead of three leave room for one more
     )  # fmt: skip
     return Updates(states, sums)
@@ -385,16 +385,10 @@ def _piece_length(length: int, pieces: int, chunk: int) -> int:
     return cdiv(cdiv(length, pieces), chunk) * chunk
 
 
-def _padded(width: int) -> int:
-    """Tensor cores want sides of at least 16, Triton powers of two."""
-    return max(16, 1 << (width - 1).bit_length())
-
-
 def _precision(x: Tensor) -> dict[str, Any]:
     """How products are formed. Half precisions read the state as bfloat16: without decay it can outgrow float16's range."""
-    if x.dtype == torch.float32:
-        return {"DOT": "tf32x3", "READ": tl.float32}
-    return {"DOT": "tf32", "READ": tl.bfloat16 if x.is_cuda else tl.float32}  # the interpreter's bfloat16 is wrong
+    narrow = x.dtype != torch.float32 and x.is_cuda  # the interpreter's bfloat16 is wrong
+    return {"DOT": dot_precision(x), "READ": tl.bfloat16 if narrow else tl.float32}
 
 
 def _far(*tensors: Tensor) -> bool:

@@ -34,6 +34,16 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def padded(width: int) -> int:
+    """The side of a tile that holds `width`: tensor cores want 16 or more, Triton powers of two."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def dot_precision(x: Tensor) -> str:
+    """How products are formed: three TF32 products keep what float32 holds; half precisions lose nothing in one."""
+    return "tf32x3" if x.dtype == torch.float32 else "tf32"
+
+
 def rows(x: Tensor) -> Tensor:
     """`x` itself if its last axis is contiguous, as in a view of a joint projection, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()

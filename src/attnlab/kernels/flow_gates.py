@@ -30,6 +30,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from attnlab.kernels.dispatch import cdiv, dot_precision, padded
+
 CHUNK = 64
 
 
@@ -250,7 +252,7 @@ def _tokens(count: int, q: Tensor) -> Tensor:
 
 def _chunks(count: int, q: Tensor) -> Tensor:
     batch, length, heads, width = q.shape
-    return torch.empty(count, batch, heads, -(-length // CHUNK), width, device=q.device)
+    return torch.empty(count, batch, heads, cdiv(length, CHUNK), width, device=q.device)
 
 
 def _before(sums: Tensor) -> Tensor:
@@ -273,15 +275,15 @@ def _launch(q: Tensor, k: Tensor) -> tuple[tuple[int], tuple[int, ...], dict[str
     batch, length, heads, width = q.shape
     shape = {
         "K": width,
-        "BK": max(16, 1 << (width - 1).bit_length()),
+        "BK": padded(width),
         "C": CHUNK,
         "num_warps": 4 if width <= 64 else 8,
         "num_stages": 1,
     }
-    grid = (batch * heads * -(-length // CHUNK),)
+    grid = (batch * heads * cdiv(length, CHUNK),)
     return (
         grid,
         (length, heads, *q.stride()[:3], *k.stride()[:3]),
         shape,
-        "tf32x3" if q.dtype == torch.float32 else "tf32",
+        dot_precision(q),
     )

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -170,7 +169,7 @@ def make(
         command: what the record says made it.
         commit: of the code; none: asked of git.
     """
-    written = partial(_write, path, command=command, commit=commit or _commit())
+    written = partial(records.write, path, sources=SOURCES, command=command, commit=commit or _commit())
     rows = cost(lengths)
     written(rows)
     with _pool(workers) as each:
@@ -226,20 +225,6 @@ def _claim(name: str, chosen: Sequence[pd.DataFrame], seconds: float) -> dict[st
 
     found = verdict(pd.concat(chosen), name)
     return dict(claims.measure(f"flowformer/{name}", **found, seconds=seconds, origin="record"))
-
-
-def _write(path: Path, rows: list[dict[str, Any]], *, command: str, commit: str) -> None:
-    record = {
-        "schema": records.SCHEMA,
-        "command": command,
-        "commit": commit,
-        "date": lab.now(),
-        "machine": lab.machine(),
-        "versions": lab.versions() | {"triton": metadata.version("triton")},
-        "sources": records.digests(SOURCES),
-        "rows": rows,
-    }
-    lab.write_json(path, record)
 
 
 def _commit() -> str:

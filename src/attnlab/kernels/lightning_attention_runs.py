@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -371,7 +370,7 @@ def make(path: Path, s: Setting, lengths: Sequence[int], *, commit: str, seconds
         rows += training_rows(frames[-1], s)
         if name == JUDGED[-1]:
             rows += [_claim(claim, **verdict(pd.concat(frames), claim)) for claim in CONTROLS]
-        _write(path, rows, commit, command)
+        records.write(path, rows, sources=SOURCES, command=command, commit=commit)
         mean, (low, high) = measured(frames[-1], name)
         print(f"{name}: {mean:.3f} [{low:.3f}, {high:.3f}], {time.perf_counter() - began:.0f} s so far", flush=True)
 
@@ -404,20 +403,6 @@ def recorded(record: records.Record) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def _claim(name: str, **found: Any) -> dict[str, Any]:
     return dict(claims.measure(f"lightning-attention/{name}", **found, origin="record"))
-
-
-def _write(path: Path, rows: list[dict[str, Any]], commit: str, command: str) -> None:
-    record = {
-        "schema": records.SCHEMA,
-        "command": command,
-        "commit": commit,
-        "date": lab.now(),
-        "machine": lab.machine(),
-        "versions": lab.versions() | {"triton": metadata.version("triton")},
-        "sources": records.digests(SOURCES),
-        "rows": rows,
-    }
-    lab.write_json(path, record)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

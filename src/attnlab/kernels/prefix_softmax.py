@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from attnlab.kernels.dispatch import cdiv, multiprocessors, rows
+from attnlab.kernels.dispatch import cdiv, dot_precision, multiprocessors, padded, rows
 
 
 @triton.jit
@@ -225,13 +225,13 @@ class PrefixSoftmax(torch.autograd.Function):
         d = s.new_empty(batch, heads, pieces, width)
         e = s.new_empty(batch, heads, pieces)
         sizes = (length, heads, pieces, piece)
-        shape = {"V": width, "BV": _padded(width), "C": CHUNK}
+        shape = {"V": width, "BV": padded(width), "C": CHUNK}
         grid = (batch * heads * pieces,)
         if pieces > 1:
             _flows_back[grid](lse, o, d_o, d_lse, d, e, *sizes, *d_o.stride()[:3], **shape, num_warps=4, num_stages=3)
         _backward[grid](
             s, v, lse, o, d_o, d_lse, d, e, ds, dv, *sizes, *v.stride()[:3], *d_o.stride()[:3],
-            **shape, DOT=_precision(v), num_warps=4, num_stages=2,
+            **shape, DOT=dot_precision(v), num_warps=4, num_stages=2,
         )  # fmt: skip
         return ds, dv, None
 
@@ -243,7 +243,7 @@ def _prefixes(s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     chunks = cdiv(length, SHORT)
     o, lse = torch.empty(v.shape, dtype=v.dtype, device=v.device), torch.empty_like(s)
     sizes = (length, heads, *v.stride()[:3])
-    shape = {"V": width, "BV": _padded(width), "C": SHORT, "num_warps": cdiv(width, 64)}
+    shape = {"V": width, "BV": padded(width), "C": SHORT, "num_warps": cdiv(width, 64)}
     grid = (batch * chunks * heads,)
     carried = (lse, o)  # one chunk: nobody reads it
     if chunks > 1:
@@ -251,13 +251,5 @@ def _prefixes(s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         _summaries[grid](s, v, s_of, v_of, *sizes, **shape)
         means, lses = _prefixes(s_of, v_of)
         carried = (lses, means)
-    _forward[grid](s, v, *carried, o, lse, *sizes, **shape, DOT=_precision(v))
+    _forward[grid](s, v, *carried, o, lse, *sizes, **shape, DOT=dot_precision(v))
     return o, lse
-
-
-def _padded(width: int) -> int:
-    return max(16, 1 << (width - 1).bit_length())
-
-
-def _precision(v: Tensor) -> str:
-    return "tf32x3" if v.dtype == torch.float32 else "tf32"

@@ -8,11 +8,15 @@ a row with ``claim`` belongs to the claims ledger.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from attnlab import lab
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -92,6 +96,32 @@ def load(name: str, folder: Path | None = None) -> Record | None:
     if missing := [key for key in REQUIRED if key not in data]:
         raise ValueError(f"{path.name}: no record without {', '.join(missing)}; make it again with its command")
     return Record(name, sources=data.get("sources", {}), **{key: data[key] for key in REQUIRED})
+
+
+def write(path: Path, rows: list[dict[str, Any]], *, sources: Iterable[str], command: str, commit: str) -> None:
+    """Write a record of this machine, now. Called after every part of a long run, so that an interruption costs one part.
+
+    Args:
+        path: the file.
+        rows: the measurements so far.
+        sources: files of the package that were measured, given relative to it.
+        command: what is running.
+        commit: of the code.
+    """
+    versions = lab.versions()
+    if importlib.util.find_spec("triton") is not None:
+        versions["triton"] = metadata.version("triton")
+    record = {
+        "schema": SCHEMA,
+        "command": command,
+        "commit": commit,
+        "date": lab.now(),
+        "machine": lab.machine(),
+        "versions": versions,
+        "sources": digests(sources),
+        "rows": rows,
+    }
+    lab.write_json(path, record)
 
 
 def digests(files: Iterable[str]) -> dict[str, str]:

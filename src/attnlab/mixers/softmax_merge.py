@@ -115,7 +115,7 @@ def aaren(
     elif form == "scan":
         prefixes = merge(_prepend_axis(initial), _scan(leaf(s, v)))
     else:
-        prefixes = _chunks(s, v, chunk_size if form == "chunked" else length, initial)
+        prefixes = _chunks(s, v, min(chunk_size, length) if form == "chunked" else length, initial)
     return read(prefixes), prefixes.at(-1)
 
 
