@@ -241,7 +241,7 @@ def evenness_chart(frame: pd.DataFrame) -> alt.FacetChart:
             header=alt.Header(labelOrient="top", labelAnchor="start"),
         )
     )
-    return faceted.properties(title="How far are the weights from an average?")
+    return faceted.properties(title="How far from an average?")
 
 
 def running_chart(frame: pd.DataFrame, change: int) -> alt.FacetChart:

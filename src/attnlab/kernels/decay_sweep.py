@@ -179,7 +179,7 @@ def _sweep(
         inside = t < last
         b, total = _running_decay(ahead if GATED else g, tl.minimum(last - c0, C), GATED, C)
         ahead = _gates(g_ptr, t - C if REVERSE else t + C, first, last, H, GATED)
-        boundary = (chunk0 + c0 // C) * H + i_h  # behind this chunk
+        boundary = (chunk0 + c0 // C) * H + i_h  # behind this chunk, where KEEP and MEET serve a decay that learns
         if MEET:
             kept = tl.load(kept_ptr + boundary * K * V + ks[:, None] * V + vs[None, :], mask=in_state, other=0.0)
             tl.store(products_ptr + boundary * NV + i_v, tl.sum(kept.to(tl.float32) * state))
@@ -343,32 +343,9 @@ class LinearDecay(torch.autograd.Function):
         slices = cdiv(q.shape[-1], tiles.slice)
         edges = boundaries(q, v, tiles.chunk, slices, cu) if ctx.needs_input_grad[3] else None
         dq, _ = sweep(d_out, v, k, g, scale, tiles, start=_mT(start), updates=_mT(behind), cu_seqlens=cu, keep=edges)
-        dv, d_start = sweep(
-            k,
-            q,
-            d_out,
-            g,
-            scale,
-            tiles,
-            reverse=True,
-            start=ahead,
-            updates=before,
-            final=start is not None,
-            cu_seqlens=cu,
-        )
-        dk, _ = sweep(
-            v,
-            d_out,
-            q,
-            g,
-            scale,
-            tiles,
-            reverse=True,
-            start=_mT(ahead),
-            updates=_mT(before),
-            cu_seqlens=cu,
-            meet=edges,
-        )
+        back: Any = {"reverse": True, "cu_seqlens": cu}
+        dv, d_start = sweep(k, q, d_out, g, scale, tiles, start=ahead, updates=before, final=start is not None, **back)
+        dk, _ = sweep(v, d_out, q, g, scale, tiles, start=_mT(ahead), updates=_mT(before), meet=edges, **back)
         dg = None
         if edges is not None:
             dg = decay_gradient(q, dq, k, dk, edges.products, scale, tiles.chunk, cu)
