@@ -75,9 +75,8 @@ class WordModel(nn.Module):
             bos_token_id=0,
             eos_token_id=0,
             pad_token_id=0,
-            attn_implementation="eager",
         )
-        network: Any = seeded(lambda: GPT2LMHeadModel(config), seed)
+        network: Any = seeded(lambda: GPT2LMHeadModel._from_config(config, attn_implementation="eager"), seed)
         self.network = network
         if not d_mlp:
             for block in network.transformer.h:
