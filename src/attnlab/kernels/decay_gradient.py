@@ -20,8 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from attnlab.kernels.dispatch import cdiv, padded
+from attnlab.kernels.launch import remembered
 
 
+@remembered
 @triton.jit
 def _suffix_sums(
     q_ptr, dq_ptr, k_ptr, dk_ptr, products_ptr, out_ptr, cu_ptr, owner_ptr, scale, T, H,

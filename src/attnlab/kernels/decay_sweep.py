@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from attnlab.kernels.decay_gradient import Boundaries, boundaries, decay_gradient
 from attnlab.kernels.dispatch import cdiv, dot_precision, multiprocessors, padded, rows
+from attnlab.kernels.launch import remembered
 
 FORGOTTEN: tl.constexpr = tl.constexpr(30.0)  # exp(-30) = 1e-13: what has decayed this far adds nothing in float32
 
@@ -69,6 +70,7 @@ def _remembered(g, length, steps):
     return tl.where(lost * steps > 1.0, tl.minimum(needed, steps), steps)
 
 
+@remembered
 @triton.jit
 def _piece_updates(
     k_ptr, v_ptr, g_ptr, updates_ptr, sums_ptr,
@@ -111,6 +113,7 @@ def _piece_updates(
         tl.store(sums_ptr + i_u * PIECES + i_p, passed)
 
 
+@remembered
 @triton.jit
 def _sweep(
     q_ptr, k_ptr, v_ptr, g_ptr, out_ptr, start_ptr, updates_ptr, sums_ptr, final_ptr, cu_ptr, kept_ptr, products_ptr, scale,

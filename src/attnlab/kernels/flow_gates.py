@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attnlab.kernels.dispatch import cdiv, dot_precision, padded
+from attnlab.kernels.launch import remembered
 
 CHUNK = 64
 
@@ -85,6 +86,7 @@ def _inverse(ptr, at, inside):
     return tl.where(inside, 1.0 / tl.load(ptr + at, mask=inside, other=1.0), 0.0)
 
 
+@remembered
 @triton.jit
 def _sums(
     q_ptr, k_ptr, a_ptr, b_ptr, sum_q_ptr, sum_k_ptr, T, H, q_b, q_t, q_h, k_b, k_t, k_h,
@@ -99,6 +101,7 @@ def _sums(
     _total(sum_k_ptr, k, b, chunk, K, BK)
 
 
+@remembered
 @triton.jit
 def _flows(
     q_ptr, k_ptr, all_q_ptr, all_k_ptr, in_ptr, out_ptr, sum_q_ptr, sum_k_ptr, eps, T, H, q_b, q_t, q_h, k_b, k_t, k_h,
@@ -119,6 +122,7 @@ def _flows(
     _total(sum_k_ptr, k, tl.where(t < T, n / outgoing, 0.0), chunk, K, BK)
 
 
+@remembered
 @triton.jit
 def _conserved(
     q_ptr, k_ptr, fixed_q_ptr, fixed_k_ptr, in_ptr, out_ptr, conserved_in_ptr, conserved_out_ptr, eps,
@@ -138,6 +142,7 @@ def _conserved(
     tl.store(conserved_out_ptr + at, (gave + tl.sum(k_eps * (fixed_q + eps)[None, :], 1)) / n, mask=t < T)
 
 
+@remembered
 @triton.jit
 def _flows_back(
     q_ptr, k_ptr, in_ptr, out_ptr, a_ptr, b_ptr, d_read_ptr, a_q_ptr, b_k_ptr, c_ptr, d_ptr, sum_q_ptr, sum_k_ptr,
@@ -162,6 +167,7 @@ def _flows_back(
     _total(sum_k_ptr, k, d, chunk, K, BK)
 
 
+@remembered
 @triton.jit
 def _gradients(
     q_ptr, k_ptr, in_ptr, out_ptr, a_ptr, b_ptr, c_ptr, d_ptr,
@@ -239,8 +245,8 @@ class FlowGates(torch.autograd.Function):
         flows = (q, k, incoming, outgoing, a, b)
         _flows_back[grid](*flows, d_read, *by_ab, c, d, *sums, *sizes, **shape, DOT=dot)
         by_cd = _after(sums)
-        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+        dq = q.new_empty(q.shape)
+        dk = k.new_empty(k.shape)
         _gradients[grid](*flows, c, d, *everything, *fixed, *by_ab, *by_cd, dq, dk, *sizes, **shape, DOT=dot)
         return dq, dk, None, None
 

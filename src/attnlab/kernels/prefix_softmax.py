@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attnlab.kernels.dispatch import cdiv, dot_precision, multiprocessors, padded, rows
+from attnlab.kernels.launch import remembered
 
 
 @triton.jit
@@ -61,6 +62,7 @@ def _chunk(T, H, C: tl.constexpr):
     return (tl.program_id(0) // H // chunks).to(tl.int64), i_h, i_c, chunks, i_c * C + tl.arange(0, C)
 
 
+@remembered
 @triton.jit
 def _summaries(
     s_ptr, v_ptr, lse_ptr, mean_ptr, T, H, v_b, v_t, v_h, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr
@@ -80,6 +82,7 @@ def _summaries(
     tl.store(mean_ptr + at * V + vs, tl.sum(p[:, None] * v.to(tl.float32), 0) / some, mask=vs < V)
 
 
+@remembered
 @triton.jit
 def _forward(
     s_ptr, v_ptr, carried_lse_ptr, carried_mean_ptr, o_ptr, lse_ptr, T, H, v_b, v_t, v_h,
@@ -106,6 +109,7 @@ def _forward(
     tl.store(lse_ptr + token, lse, mask=inside)
 
 
+@remembered
 @triton.jit
 def _flows_back(
     lse_ptr, o_ptr, do_ptr, dlse_ptr, d_ptr, e_ptr, T, H, PIECES, piece, do_b, do_t, do_h,
@@ -135,6 +139,7 @@ def _flows_back(
     tl.store(e_ptr + at, e)
 
 
+@remembered
 @triton.jit
 def _backward(
     s_ptr, v_ptr, lse_ptr, o_ptr, do_ptr, dlse_ptr, d_ptr, e_ptr, ds_ptr, dv_ptr,
@@ -221,7 +226,7 @@ class PrefixSoftmax(torch.autograd.Function):
         width = v.shape[-1]
         pieces, piece = ctx.cut
         d_o, d_lse = rows(d_o), d_lse.contiguous()
-        ds, dv = torch.empty_like(s), torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        ds, dv = torch.empty_like(s), v.new_empty(v.shape)
         d = s.new_empty(batch, heads, pieces, width)
         e = s.new_empty(batch, heads, pieces)
         sizes = (length, heads, pieces, piece)
@@ -241,7 +246,7 @@ def _prefixes(s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     batch, length, heads = s.shape
     width = v.shape[-1]
     chunks = cdiv(length, SHORT)
-    o, lse = torch.empty(v.shape, dtype=v.dtype, device=v.device), torch.empty_like(s)
+    o, lse = v.new_empty(v.shape), torch.empty_like(s)
     sizes = (length, heads, *v.stride()[:3])
     shape = {"V": width, "BV": padded(width), "C": SHORT, "num_warps": cdiv(width, 64)}
     grid = (batch * chunks * heads,)
