@@ -42,12 +42,13 @@ def causal_flow(q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-6, clamp: fl
         out, _ = flow.causal_flow_attention(q.to(work), k.to(work), v.to(work), eps=eps, clamp=clamp)
         return out.to(v.dtype)
     from attnlab.kernels.flow_gates import FlowGates
+    from attnlab.kernels.row_gate import RowGate
 
     weight, gate, read = FlowGates.apply(rows(q), rows(k), eps, clamp)
-    v_weighted = (v * weight[..., None]).to(v.dtype)
+    v_weighted = RowGate.apply(rows(v), weight)
     decay = _no_decay(q.shape[2], q.device)
     out, _ = linear_decay_attention(q.sigmoid(), k.sigmoid(), v_weighted, decay, scale=1.0, return_state=False)
-    return (out * (gate * read)[..., None]).to(v.dtype)
+    return RowGate.apply(out, gate * read)
 
 
 @functools.cache
