@@ -336,3 +336,31 @@ def test_models_without_such_edges_are_refused(how, lm, pairs, monkeypatch):
     monkeypatch.setattr(model, "W_O", 2 * model.W_O)
     with pytest.raises(ValueError, match="does not add up to its residual stream"):
         how(model, pairs)
+
+
+# ------------------------------------------------------------------------------------------- how pairs add up
+
+
+@pytest.mark.parametrize("direction", ["noise", "denoise"])
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_absolute_totals_are_sums_of_the_sizes_of_single_pairs(model, pairs, direction, batch_size):
+    options = {"steps": 2, "direction": direction}
+    whole = eap(model, pairs, total="absolute", batch_size=batch_size, **options)
+    single = [eap(model, pairs.subset([i]), **options) for i in range(len(pairs))]
+    wanted = sum((scores.values * scores.info["gap"]).abs() for scores in single)
+    torch.testing.assert_close(whole.values * abs(whole.info["gap"]) * len(pairs), wanted, rtol=1e-4, atol=1e-6)
+    assert (whole.values >= 0).all()
+    assert whole.info["total"] == "absolute"
+
+
+def test_the_size_of_a_batch_changes_no_signed_score(model, pairs):
+    torch.testing.assert_close(eap(model, pairs, batch_size=2).values, eap(model, pairs).values, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"total": "squared"}, "total='squared' is unknown"), ({"batch_size": 0}, "batch_size=0 takes no pair")],
+)
+def test_other_totals_are_refused(model, pairs, options, message):
+    with pytest.raises(ValueError, match=message):
+        eap(model, pairs, **options)

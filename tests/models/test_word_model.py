@@ -58,6 +58,13 @@ def test_a_file_comes_back_bit_for_bit(model, tokens, tmp_path):
     assert torch.equal(WordModel.load(tmp_path / "m.safetensors")(tokens), model(tokens))
 
 
+def test_the_deviation_of_the_first_weights_is_chosen_and_kept(tmp_path):
+    model = WordModel(WORDS, **(SIZES | {"d_model": 96, "init_std": 0.1}))
+    assert abs(float(model.network.transformer.h[0].attn.c_attn.weight.std()) - 0.1) < 0.005
+    model.save(tmp_path / "m.safetensors")
+    assert WordModel.load(tmp_path / "m.safetensors").settings["init_std"] == 0.1
+
+
 @pytest.mark.parametrize("content", [b"", b"not safetensors at all", b"\x02\x00\x00\x00\x00\x00\x00\x00{}"])
 def test_a_damaged_file_is_named(tmp_path, content):
     path = tmp_path / "bad.safetensors"
@@ -72,6 +79,7 @@ def test_a_damaged_file_is_named(tmp_path, content):
         ({"n_heads": 5}, "d_model must be a multiple of n_heads, got 24 for 5 heads"),
         ({"n_layers": 0}, "n_layers must be at least 1, got 0"),
         ({"d_mlp": -1}, "d_mlp must be at least 0, got -1"),
+        ({"init_std": 0.0}, "init_std must be a positive number, got 0.0"),
     ],
 )
 def test_bad_sizes_are_named(change, message):

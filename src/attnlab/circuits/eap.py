@@ -16,6 +16,7 @@ in both directions, and the edges out of a head add up to that head's attributio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -31,6 +32,7 @@ from attnlab.circuits.scores import NoEffectError
 from attnlab.lab import progress
 
 Endpoint = Literal["left", "midpoint", "right"]
+Total = Literal["signed", "absolute"]
 #: where in its interval each rule takes the gradient
 OFFSETS = {"left": 0.0, "midpoint": 0.5, "right": 1.0}
 #: pairs in one sweep; the writes of all sources [n_src, B, T, d_model] are held at once (SmolLM2, 16 tokens: 89 MB)
@@ -46,6 +48,8 @@ def eap(
     endpoint: Endpoint = "left",
     path: Literal["inputs"] = "inputs",
     direction: Direction = "noise",
+    total: Total = "signed",
+    batch_size: int = PAIRS_AT_ONCE,
 ) -> EdgeScores:
     """Edge attribution (``steps=1``) or edge attribution with integrated gradients (``steps`` of 5 or more).
 
@@ -63,10 +67,13 @@ def eap(
         endpoint: where in its interval each point lies.
         path: what moves along the line; the embeddings.
         direction: ``"noise"`` (corrupt into clean) or ``"denoise"`` (clean into corrupt).
+        total: how pairs add up. ``"signed"`` scores may cancel between pairs; ``"absolute"`` adds the sizes of the scores of
+            each pair, as a sum of ``|score|`` over prompts asks for.
+        batch_size: pairs at once.
 
     Raises:
         NoEffectError: if the metric is the same on both prompts.
-        ValueError: for an unknown argument, fewer than one step, a metric without a gradient, grouped keys and values, or a
+        ValueError: for an unknown argument, fewer than one step or pair at once, a metric without a gradient, grouped keys and values, or a
             model whose heads, MLPs and embedding do not add up to its residual stream.
     """
     if not isinstance(steps, int) or steps < 1:
@@ -75,21 +82,32 @@ def eap(
         raise ValueError(f"endpoint={endpoint!r} is unknown; use 'left', 'midpoint' or 'right'")
     if path != "inputs":
         raise ValueError(f"path={path!r} is unknown; use 'inputs', the line between the embeddings")
+    if total not in ("signed", "absolute"):
+        raise ValueError(f"total={total!r} is unknown; use 'signed' or 'absolute'")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} takes no pair; use at least 1 (it changes memory and time alone)")
     wiring = _wiring(model)
     weights = _projections(model)
     tally = _Tally(wiring)
     method = "EAP" if steps == 1 else "EAP-IG"
-    for batch in progress(list(pairs.batches(size=PAIRS_AT_ONCE)), f"{method}, {pairs.name}"):
+    for batch in progress(list(pairs.batches(size=batch_size)), f"{method}, {pairs.name}"):
         ends = _both_ends(model, wiring, batch, metric, direction)
+        parts = len(batch) if total == "absolute" else 1
+        effect = torch.zeros(parts, wiring.n_src, wiring.n_dst, dtype=torch.float64)
         for k in range(steps):
             run = _between(model, ends, (k + OFFSETS[endpoint]) / steps)
             value = metric(Readout(model, run.resid[model.spec.n_layers], batch))
             for columns, grads in _port_gradients(model, wiring, run, value, weights):
                 reads = int(wiring.reads[columns][0])
-                products = ends.change[:reads].flatten(1) @ grads.flatten(1).T  # [reads, n]
-                tally.effect[:reads, columns] += products.double().cpu() / steps
+                effect[:, :reads, columns] += _products(ends.change[:reads], grads, parts).double().cpu() / steps
+        tally.effect += effect.abs().sum(0) if total == "absolute" else effect[0]
         tally.count(ends)
-    return tally.scores(model, pairs, metric, direction, method=method, steps=steps, endpoint=endpoint, path=path)
+    if total == "absolute":
+        tally.effect *= math.copysign(
+            1.0, tally.gap
+        )  # scores are divided by the gap, which may be negative; sizes are not
+    how = {"method": method, "steps": steps, "endpoint": endpoint, "path": path, "total": total}
+    return tally.scores(model, pairs, metric, direction, **how)
 
 
 def exact_edge_scores(
@@ -195,6 +213,13 @@ def _port_gradients(
         yield columns, _before(_norm(model, layer), run.acts["resid_pre", layer], torch.cat(normed))
         yield wiring.port(layer, "mlp"), mlp[None]
     yield slice(wiring.n_dst - 1, wiring.n_dst), final[None]
+
+
+def _products(change: Tensor, grads: Tensor, parts: int) -> Tensor:
+    """Inner products of changes [reads, B, T, d] with gradients [n, B, T, d]: ``[1, reads, n]``, or one matrix a pair."""
+    if parts == 1:
+        return (change.flatten(1) @ grads.flatten(1).T)[None]
+    return change.transpose(0, 1).flatten(2) @ grads.transpose(0, 1).flatten(2).mT
 
 
 def _before(norm: Any, resid: Tensor, grads: Tensor) -> Tensor:

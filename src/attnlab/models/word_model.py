@@ -33,10 +33,13 @@ class WordModel(nn.Module):
         d_model: width of the residual stream.
         d_mlp: hidden width of an MLP; 0 makes an attention-only model, whose MLPs are there and write nothing.
         context: the longest sequence.
+        init_std: standard deviation of the first weights. GPT-2's 0.02 suits a width of hundreds; a width below 100 learns
+            arithmetic several times faster from ``d_model ** -0.5``.
         seed: of the weights.
 
     Raises:
-        ValueError: a size below 1, heads that do not divide the width, an empty, repeated or spaced word.
+        ValueError: a size below 1, a deviation that is not positive, heads that do not divide the width, an empty, repeated
+            or spaced word.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class WordModel(nn.Module):
         d_model: int = 64,
         d_mlp: int = 128,
         context: int = 64,
+        init_std: float = 0.02,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -58,6 +62,7 @@ class WordModel(nn.Module):
             "d_model": d_model,
             "d_mlp": d_mlp,
             "context": context,
+            "init_std": init_std,
         }
         _check(self.settings)
         from transformers import GPT2Config, GPT2LMHeadModel
@@ -72,6 +77,7 @@ class WordModel(nn.Module):
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
+            initializer_range=init_std,
             bos_token_id=0,
             eos_token_id=0,
             pad_token_id=0,
@@ -146,6 +152,8 @@ def _check(settings: dict[str, Any]) -> None:
     for name, least in {"n_layers": 1, "n_heads": 1, "d_model": 1, "d_mlp": 0, "context": 1}.items():
         if settings[name] < least:
             raise ValueError(f"{name} must be at least {least}, got {settings[name]}")
+    if not 0 < settings["init_std"] < float("inf"):
+        raise ValueError(f"init_std must be a positive number, got {settings['init_std']}")
     if settings["d_model"] % settings["n_heads"]:
         raise ValueError(
             f"d_model must be a multiple of n_heads, got {settings['d_model']} for {settings['n_heads']} heads"
