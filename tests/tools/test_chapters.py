@@ -114,14 +114,15 @@ def test_new_chapter_writes_every_file(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "_toc.yml").write_text((chapters.ROOT / "_toc.yml").read_text())
     for module in (chapters, new_chapter):
         monkeypatch.setattr(module, "ROOT", tmp_path)
-    written = {path.relative_to(tmp_path).as_posix() for path in new_chapter.create("circuits", "sae-circuits")}
+    written = {path.relative_to(tmp_path).as_posix() for path in new_chapter.create("vision", "biformer")}
     assert {
-        "notebooks/circuits/sae-circuits.ipynb",
-        "src/attnlab/circuits/sae_circuits.py",
-        "src/attnlab/claims/sae-circuits.toml",
-        "src/attnlab/exercises/sae_circuits.py",
-        "tests/circuits/test_sae_circuits.py",
+        "notebooks/vision/biformer.ipynb",
+        "src/attnlab/vision/biformer.py",
+        "src/attnlab/claims/biformer.toml",
+        "src/attnlab/exercises/biformer.py",
+        "tests/vision/test_biformer.py",
         "_toc.yml",
     } <= written
     after = [chapter.name for chapter in all_chapters()]
-    assert after == [REUSE, "circuits/sae-circuits", *(name for name in before if name != REUSE)]
+    papers, rest = [n for n in before if not n.startswith("explore/")], [n for n in before if n.startswith("explore/")]
+    assert after == [*papers, "vision/biformer", *rest]
