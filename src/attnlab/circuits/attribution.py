@@ -37,31 +37,44 @@ def attribution_patch(
         ValueError: for an unknown position or direction, or pairs whose metric does not differ.
     """
     _check_direction(direction)
-    n_layers, n_heads = model.spec.n_layers, model.spec.n_heads
     heads = [(node,) for node in model.spec.heads]
     gap, base_metric = torch.empty(2, len(pairs), dtype=torch.float64)
     effect = torch.empty(len(heads), len(pairs), dtype=torch.float64)
     for batch in progress(list(pairs.batches(size=16)), f"attribution, {pairs.name}"):
-        tokens = [batch.clean, batch.corrupt] if direction == "noise" else [batch.corrupt, batch.clean]
-        first = int((batch.clean != batch.corrupt).any(0).nonzero()[0])  # of the batch's first difference
-        with torch.no_grad():
-            prefix = model.run(tokens[0])
-            source = model.run(tokens[1], capture=("z",), base=prefix, first=first)
-            m_source = metric(Readout(model, source.resid[n_layers], batch))
-        base = model.run(tokens[0], capture=("z",), grad=True, base=prefix, first=first)
-        m_base = metric(Readout(model, base.resid[n_layers], batch))
-        zs = [base.acts["z", layer] for layer in range(n_layers)]
-        grads = torch.autograd.grad(m_base.sum(), zs)  # rows do not interact: the sum gives each its own gradient
-        where = batch.mask(positions)[:, first:, None].to(m_base.device)
-        for layer, (z, grad) in enumerate(zip(zs, grads, strict=True)):
-            products = (source.acts["z", layer] - z.detach()) * grad  # [B, T - first, H, d_head]
-            per_head = (products.sum(-1) * where).sum(1)  # [B, H]
-            rows = torch.arange(layer * n_heads, (layer + 1) * n_heads)
-            effect[rows[:, None], batch.index] = per_head.T.cpu().to(effect.dtype)
-        gap[batch.index] = (m_source - m_base.detach()).cpu().to(gap.dtype)
-        base_metric[batch.index] = m_base.detach().cpu().to(gap.dtype)
+        part = attributed(model, batch, metric=metric, positions=positions, direction=direction)
+        effect[:, batch.index], gap[batch.index], base_metric[batch.index] = part
     how = "attribution patching, gradient at the base run"
     return _scores(model, pairs, heads, effect, gap, base_metric, metric, positions, direction, how)
+
+
+def attributed(
+    model: HookedLM,
+    batch: Batch,
+    *,
+    metric: Metric = logit_diff,
+    positions: str | int = "all",
+    direction: Direction = "noise",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One batch of :func:`attribution_patch`: the effect of every head ``[L * H, B]``, gap and base ``[B]``, in float64."""
+    _check_direction(direction)
+    n_layers = model.spec.n_layers
+    tokens = [batch.clean, batch.corrupt] if direction == "noise" else [batch.corrupt, batch.clean]
+    first = int((batch.clean != batch.corrupt).any(0).nonzero()[0])  # of the batch's first difference
+    with torch.no_grad():
+        prefix = model.run(tokens[0])
+        source = model.run(tokens[1], capture=("z",), base=prefix, first=first)
+        m_source = metric(Readout(model, source.resid[n_layers], batch))
+    base = model.run(tokens[0], capture=("z",), grad=True, base=prefix, first=first)
+    m_base = metric(Readout(model, base.resid[n_layers], batch))
+    zs = [base.acts["z", layer] for layer in range(n_layers)]
+    grads = torch.autograd.grad(m_base.sum(), zs)  # rows do not interact: the sum gives each its own gradient
+    where = batch.mask(positions)[:, first:, None].to(m_base.device)
+    rows = []
+    for layer, (z, grad) in enumerate(zip(zs, grads, strict=True)):
+        products = (source.acts["z", layer] - z.detach()) * grad  # [B, T - first, H, d_head]
+        rows.append((products.sum(-1) * where).sum(1).T)  # [H, B]
+    m_base = m_base.detach()
+    return torch.cat(rows).double().cpu(), (m_source - m_base).double().cpu(), m_base.double().cpu()
 
 
 def direct_logit_attribution(model: HookedLM, pairs: Pairs, which: Literal["clean", "corrupt"] = "clean") -> np.ndarray:
@@ -93,7 +106,16 @@ def answer_direction(model: HookedLM, resid: Tensor, batch: Batch) -> Tensor:
     """
     weight, _ = model._unembed
     answer, foil = (weight[tokens[:, 0].to(weight.device)] for tokens in (batch.answers, batch.foils))
-    gain = model.bridge.ln_final.weight * (answer - foil)  # [B, d_model]
+    return through_final_norm(model, resid, answer - foil)
+
+
+def through_final_norm(model: HookedLM, resid: Tensor, direction: Tensor) -> Tensor:
+    """A direction after the final norm as a direction before it, ``[B, d_model]``, with the scale that ``resid`` [B, d_model] gives.
+
+    Raises:
+        ValueError: if the final norm is neither LayerNorm nor RMSNorm.
+    """
+    gain = model.bridge.ln_final.weight * direction  # [B, d_model]
     kind = model.bridge.cfg.normalization_type or ""
     eps = model.bridge.cfg.eps
     if kind.startswith("RMS"):

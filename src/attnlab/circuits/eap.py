@@ -76,38 +76,76 @@ def eap(
         ValueError: for an unknown argument, fewer than one step or pair at once, a metric without a gradient, grouped keys and values, or a
             model whose heads, MLPs and embedding do not add up to its residual stream.
     """
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps={steps!r} gives no gradient; use a whole number of at least 1 (5 is common)")
-    if endpoint not in OFFSETS:
-        raise ValueError(f"endpoint={endpoint!r} is unknown; use 'left', 'midpoint' or 'right'")
-    if path != "inputs":
-        raise ValueError(f"path={path!r} is unknown; use 'inputs', the line between the embeddings")
-    if total not in ("signed", "absolute"):
-        raise ValueError(f"total={total!r} is unknown; use 'signed' or 'absolute'")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} takes no pair; use at least 1 (it changes memory and time alone)")
-    wiring = _wiring(model)
-    weights = _projections(model)
-    tally = _Tally(wiring)
-    method = "EAP" if steps == 1 else "EAP-IG"
-    for batch in progress(list(pairs.batches(size=batch_size)), f"{method}, {pairs.name}"):
-        ends = _both_ends(model, wiring, batch, metric, direction)
-        parts = len(batch) if total == "absolute" else 1
-        effect = torch.zeros(parts, wiring.n_src, wiring.n_dst, dtype=torch.float64)
+    sums = EdgeSums(model, metric=metric, steps=steps, endpoint=endpoint, path=path, direction=direction, total=total)
+    for batch in progress(list(pairs.batches(size=batch_size)), f"{sums.method}, {pairs.name}"):
+        for _ in sums.points(batch):
+            pass
+    return sums.scores(pairs)
+
+
+class EdgeSums:
+    """What :func:`eap` adds up batch after batch, for work that wants to stop in between.
+
+    Arguments and errors are those of :func:`eap`. ``effect`` [n_src, n_dst], ``base`` and ``gap`` are the sums over the batches
+    so far: whoever keeps the three and puts them back goes on to the same bits.
+    """
+
+    def __init__(
+        self,
+        model: HookedLM,
+        *,
+        metric: Metric = logit_diff,
+        steps: int = 1,
+        endpoint: Endpoint = "left",
+        path: Literal["inputs"] = "inputs",
+        direction: Direction = "noise",
+        total: Total = "signed",
+    ) -> None:
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps={steps!r} gives no gradient; use a whole number of at least 1 (5 is common)")
+        if endpoint not in OFFSETS:
+            raise ValueError(f"endpoint={endpoint!r} is unknown; use 'left', 'midpoint' or 'right'")
+        if path != "inputs":
+            raise ValueError(f"path={path!r} is unknown; use 'inputs', the line between the embeddings")
+        if total not in ("signed", "absolute"):
+            raise ValueError(f"total={total!r} is unknown; use 'signed' or 'absolute'")
+        _check_direction(direction)
+        self.model, self.metric, self.direction = model, metric, direction
+        self.wiring, self.weights = _wiring(model), _projections(model)
+        self.method = "EAP" if steps == 1 else "EAP-IG"
+        self.how = {"method": self.method, "steps": steps, "endpoint": endpoint, "path": path, "total": total}
+        self.tally = _Tally(self.wiring)
+
+    def points(self, batch: Batch) -> Iterator[int]:
+        """Take one gradient point of a batch after another; the batch counts once all have been drawn."""
+        steps, parts = int(self.how["steps"]), len(batch) if self.how["total"] == "absolute" else 1
+        offset = OFFSETS[self.how["endpoint"]]
+        ends = _both_ends(self.model, self.wiring, batch, self.metric, self.direction)
+        effect = torch.zeros(parts, self.wiring.n_src, self.wiring.n_dst, dtype=torch.float64)
         for k in range(steps):
-            run = _between(model, ends, (k + OFFSETS[endpoint]) / steps)
-            value = metric(Readout(model, run.resid[model.spec.n_layers], batch))
-            for columns, grads in _port_gradients(model, wiring, run, value, weights):
-                reads = int(wiring.reads[columns][0])
+            run = _between(self.model, ends, (k + offset) / steps)
+            value = self.metric(Readout(self.model, run.resid[self.model.spec.n_layers], batch))
+            for columns, grads in _port_gradients(self.model, self.wiring, run, value, self.weights):
+                reads = int(self.wiring.reads[columns][0])
                 effect[:, :reads, columns] += _products(ends.change[:reads], grads, parts).double().cpu() / steps
-        tally.effect += effect.abs().sum(0) if total == "absolute" else effect[0]
-        tally.count(ends)
-    if total == "absolute":
-        tally.effect *= math.copysign(
-            1.0, tally.gap
-        )  # scores are divided by the gap, which may be negative; sizes are not
-    how = {"method": method, "steps": steps, "endpoint": endpoint, "path": path, "total": total}
-    return tally.scores(model, pairs, metric, direction, **how)
+            yield k
+        self.tally.effect += effect.abs().sum(0) if parts > 1 or self.how["total"] == "absolute" else effect[0]
+        self.tally.count(ends)
+
+    def scores(self, pairs: Pairs) -> EdgeScores:
+        """The scores of the pairs, all of whose batches were taken.
+
+        Raises:
+            NoEffectError: if the metric is the same on both prompts.
+        """
+        tally = self.tally
+        if self.how["total"] == "absolute":  # scores are divided by the gap, which may be negative; sizes are not
+            tally = _Tally(self.wiring)
+            tally.effect = self.tally.effect * math.copysign(1.0, self.tally.gap)
+            tally.base, tally.gap = self.tally.base, self.tally.gap
+        return tally.scores(self.model, pairs, self.metric, self.direction, **self.how)
 
 
 def exact_edge_scores(

@@ -74,16 +74,46 @@ def evaluate_many(
 ) -> np.ndarray:
     """As :func:`evaluate` for several circuits that share the ablated runs, ``[G, M, N]``."""
     _check(model, graphs, ablation)
-    values = np.empty((len(graphs), len(metrics), len(pairs)))
+    values = np.full((len(graphs), len(metrics), len(pairs)), np.nan)
+    batches = list(pairs.batches(batch_size))
+    runs = filled(model, graphs, pairs, metrics, values, batches, ablation=ablation, batch_size=batch_size)
+    for _ in progress(runs, f"circuits, {pairs.name}", total=len(graphs) * len(batches)):
+        pass
+    return values
+
+
+def filled(
+    model: HookedLM,
+    graphs: Sequence[Graph],
+    pairs: Pairs,
+    metrics: Sequence[Metric],
+    values: np.ndarray,
+    batches: Sequence[Batch] | None = None,
+    *,
+    ablation: Ablation = "resample",
+    batch_size: int = 16,
+) -> Iterator[int]:
+    """Fill what is missing (NaN) in the table of :func:`evaluate_many`, one circuit on one batch at a time.
+
+    Yields the number of circuits done so far on all batches together, so that work can stop in between and go on with the
+    same table later. Close the generator before the model is used for anything else.
+    """
+    _check(model, graphs, ablation)
+    done = 0
     with torch.no_grad(), _split_inputs(model):
         mean = _mean_writes(model, pairs, batch_size) if ablation == "mean" else None
-        for batch in progress(list(pairs.batches(batch_size)), f"circuits, {pairs.name}"):
-            stage = _Stage(model, batch, ablation, mean)
-            for row, graph in enumerate(graphs):
-                end = Readout(model, stage.run(graph), batch)
-                for column, metric in enumerate(metrics):
-                    values[row, column, batch.index.numpy()] = metric(end).cpu().numpy()
-    return values
+    for batch in pairs.batches(batch_size) if batches is None else batches:
+        columns = batch.index.numpy()
+        stage: _Stage | None = None
+        for row, graph in enumerate(graphs):
+            if np.isnan(values[row][:, columns]).any():
+                with torch.no_grad(), _split_inputs(model):
+                    stage = stage or _Stage(model, batch, ablation, mean)
+                    end = Readout(model, stage.run(graph), batch)
+                    for column, metric in enumerate(metrics):
+                        values[row, column, columns] = metric(end).cpu().numpy()
+            done += 1
+            yield done
 
 
 # ------------------------------------------------------------------------------------------- one forward pass

@@ -182,13 +182,30 @@ def sparsity_curve(
     Raises:
         ValueError: as :func:`evaluate`, for counts that cannot be had, or an unknown ``select``.
     """
+    counts, graphs = curve_graphs(scores, edge_counts, select=select, absolute=absolute)
+    values = _faithfulness(model, graphs, pairs, metric, ablation, batch_size)
+    return curve_of(counts, graphs, values)
+
+
+def curve_graphs(
+    scores: EdgeScores,
+    edge_counts: Sequence[int] | None = None,
+    *,
+    select: Literal["top", "greedy"] = "top",
+    absolute: bool = True,
+) -> tuple[list[int], list[Graph]]:
+    """The edge counts of a :func:`sparsity_curve` and its pruned circuits."""
     choosers: dict[str, Callable[..., Graph]] = {"top": Graph.top_n, "greedy": Graph.greedy}
     if select not in choosers:
         raise ValueError(f"select={select!r} is unknown; use 'top' or 'greedy'")
     total = scores.wiring.n_edges
     counts = sorted({max(1, round(share * total)) for share in SHARES} if edge_counts is None else set(edge_counts))
-    graphs = [choosers[select](scores, n, absolute=absolute).prune() for n in counts]
-    values = _faithfulness(model, graphs, pairs, metric, ablation, batch_size)
+    return counts, [choosers[select](scores, n, absolute=absolute).prune() for n in counts]
+
+
+def curve_of(counts: Sequence[int], graphs: Sequence[Graph], values: Sequence[Faithfulness]) -> SparsityCurve:
+    """The curve through circuits that were measured already."""
+    total = graphs[0].wiring.n_edges
     frame = pd.DataFrame(
         {
             "n_edges": counts,

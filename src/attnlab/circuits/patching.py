@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,22 +52,52 @@ def activation_patch(
     chosen = [_group(model, group) for group in (model.spec.heads if groups is None else groups)]
     gap, base_metric = torch.empty(2, len(pairs), dtype=torch.float64)
     effect = torch.empty(len(chosen), len(pairs), dtype=torch.float64)
-    kinds = ("z", "mlp_out") if any(node.head is None for group in chosen for node in group) else ("z",)
     for batch in progress(list(pairs.batches()), f"patching, {pairs.name}"):
-        with torch.no_grad():
-            base, source = _both_runs(model, batch, direction, kinds)
-            m_base, m_source = (metric(Readout(model, run.resid[model.spec.n_layers], batch)) for run in (base, source))
-            where = batch.mask(positions).to(m_base.device)
-            first = int(where.any(0).nonzero()[0])
-            for numbers in _chunks(chosen, where.numel()):
-                groups_now = [chosen[i] for i in numbers]
-                edits = _patch_edits(groups_now, source, where)
-                run = model.resume(base, [_start(group) for group in groups_now], first, edits)
-                patched = metric(Readout(model, run.resid[model.spec.n_layers], batch)).view(len(numbers), len(batch))
-                effect[torch.tensor(numbers)[:, None], batch.index] = (patched - m_base).cpu().to(effect.dtype)
-        gap[batch.index] = (m_source - m_base).cpu().to(gap.dtype)
-        base_metric[batch.index] = m_base.cpu().to(gap.dtype)
+        for part in patched_parts(model, batch, chosen, metric=metric, positions=positions, direction=direction):
+            effect[torch.tensor(part.numbers)[:, None], batch.index] = part.effect
+            gap[batch.index], base_metric[batch.index] = part.gap, part.base
     return _scores(model, pairs, chosen, effect, gap, base_metric, metric, positions, direction, "activation patching")
+
+
+class PatchedPart(NamedTuple):
+    """Some groups patched on one batch: ``effect`` [len(numbers), B], and ``gap`` and ``base`` [B] of the batch; float64."""
+
+    numbers: list[int]
+    effect: Tensor
+    gap: Tensor
+    base: Tensor
+
+
+def patched_parts(
+    model: HookedLM,
+    batch: Batch,
+    groups: Sequence[Group],
+    *,
+    metric: Metric = logit_diff,
+    positions: str | int = "END",
+    direction: Direction = "noise",
+    tokens_at_once: int | None = None,
+) -> Iterator[PatchedPart]:
+    """The sweeps of :func:`activation_patch` on one batch, one by one, for work that wants to stop in between.
+
+    ``tokens_at_once`` bounds rows x prompt tokens of a sweep (:data:`TOKENS_AT_ONCE` if left out). At least one part is given.
+    """
+    kinds = ("z", "mlp_out") if any(node.head is None for group in groups for node in group) else ("z",)
+    with torch.no_grad():
+        base, source = _both_runs(model, batch, direction, kinds)
+        m_base, m_source = (metric(Readout(model, run.resid[model.spec.n_layers], batch)) for run in (base, source))
+        where = batch.mask(positions).to(m_base.device)
+        first = int(where.any(0).nonzero()[0])
+        ends = (m_source - m_base).double().cpu(), m_base.double().cpu()
+    if not groups:
+        yield PatchedPart([], torch.empty(0, len(batch), dtype=torch.float64), *ends)
+    for numbers in _chunks(groups, where.numel(), at_once=tokens_at_once):
+        with torch.no_grad():
+            now = [groups[i] for i in numbers]
+            run = model.resume(base, [_start(group) for group in now], first, _patch_edits(now, source, where))
+            patched = metric(Readout(model, run.resid[model.spec.n_layers], batch)).view(len(numbers), len(batch))
+            effect = (patched - m_base).double().cpu()
+        yield PatchedPart(numbers, effect, *ends)
 
 
 @dataclass(frozen=True)
@@ -270,10 +300,12 @@ def _start(group: Group) -> int:
     return max(min(node.layer for node in group), 0)
 
 
-def _chunks(groups: Sequence[Group], tokens_each: int, numbers: Sequence[int] | None = None) -> Iterator[list[int]]:
+def _chunks(
+    groups: Sequence[Group], tokens_each: int, numbers: Sequence[int] | None = None, at_once: int | None = None
+) -> Iterator[list[int]]:
     """Indices of groups in the order of their start, as many at a time as one sweep may hold."""
     order = sorted(range(len(groups)) if numbers is None else numbers, key=lambda number: _start(groups[number]))
-    size = max(1, TOKENS_AT_ONCE // tokens_each)
+    size = max(1, (TOKENS_AT_ONCE if at_once is None else at_once) // tokens_each)
     for begin in range(0, len(order), size):
         yield order[begin : begin + size]
 
