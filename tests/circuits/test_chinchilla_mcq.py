@@ -1,0 +1,1 @@
+"""Oracles of ``attnlab.circuits.chinchilla_mcq``."""
