@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from attnlab.kernels import records
+from attnlab import records
 
 RECORD: dict[str, Any] = {
     "schema": 1,
@@ -66,6 +66,9 @@ def test_a_commit_that_was_changed_stays_marked(write) -> None:
     record = records.load("gpu", write(commit="0123456789abcdef-changed"))
     assert record is not None
     assert "at 0123456789-changed (" in record.origin
+    record = records.load("gpu", write(machine={"platform": "Linux", "cpus": 2, "gpu": None}))
+    assert record is not None
+    assert record.origin.startswith("no GPU, 2 CPUs, 2026-01-02, ")
 
 
 def test_it_tells_which_measured_files_have_changed(write) -> None:

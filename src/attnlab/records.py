@@ -1,4 +1,4 @@
-"""What was measured on a GPU and is kept under ``records/``: rows with where, when and by which command they were made.
+"""What is measured once and kept under ``records/``: rows with where, when and by which command they were made.
 
 A record is one JSON: ``{"schema": 1, "command", "commit", "date", "machine": {...}, "versions": {...}, "rows": [...]}``. A row
 of the kernel benchmark has ``case``, ``operator``, ``impl``, ``pass``, ``shape`` (sizes by letter: B, T, H, K, V), ``ms``, errors;
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = 1
-FOLDER = Path(__file__).resolve().parents[3] / "records"  # of a checkout; an installed wheel has none
+FOLDER = Path(__file__).resolve().parents[2] / "records"  # of a checkout; an installed wheel has none
 REQUIRED = ("command", "commit", "date", "machine", "versions", "rows")
 
 
@@ -67,7 +67,8 @@ class Record:
         """Machine, date, command, commit and versions in one line."""
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         commit, dash, note = self.commit.partition("-")  # "-changed": not exactly that commit
-        return f"{self.machine['gpu']}, {self.date[:10]}, `{self.command}` at {commit[:10]}{dash}{note} ({versions})"
+        where = self.machine["gpu"] or f"no GPU, {self.machine['cpus']} CPUs"
+        return f"{where}, {self.date[:10]}, `{self.command}` at {commit[:10]}{dash}{note} ({versions})"
 
     def changed(self) -> list[str]:
         """The measured files that differ from those of this installation: their numbers are of older code."""
@@ -126,7 +127,7 @@ def write(path: Path, rows: list[dict[str, Any]], *, sources: Iterable[str], com
 
 def digests(files: Iterable[str]) -> dict[str, str]:
     """SHA-256 of files of the package, given relative to it (``kernels/decay_sweep.py``); "" for one that is gone."""
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parent
     paths = {name: package / name for name in files}
     return {
         name: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "" for name, path in paths.items()
