@@ -103,7 +103,9 @@ def weights(rule: str, waad: Tensor, fai: Tensor, settings: Credit, **extra: Any
     if rule == "uniform":
         return torch.ones_like(waad)
     if rule == "random":
-        noise = torch.rand(waad.shape, generator=extra["generator"]).to(waad)  # drawn on the CPU: the same on every device
+        noise = torch.rand(waad.shape, generator=extra["generator"]).to(
+            waad
+        )  # drawn on the CPU: the same on every device
         return 1 + more * top_share(noise, settings.share)
     if rule == "entropy":
         return 1 + more * top_share(extra["entropy"].detach(), settings.share)
@@ -112,7 +114,9 @@ def weights(rule: str, waad: Tensor, fai: Tensor, settings: Credit, **extra: Any
     anchors = top_share(fai, settings.share)
     if rule == "global":
         return 1 + more * anchors
-    dominated, introduced = introductions(waad, anchors, settings.back)  # equation 18: a token in two sets gets both terms
+    dominated, introduced = introductions(
+        waad, anchors, settings.back
+    )  # equation 18: a token in two sets gets both terms
     kept = (anchors & ~dominated) + (1 - settings.alpha) * dominated
     return 1 + more * (kept + settings.alpha * introduced)
 

@@ -168,7 +168,9 @@ def test_table(readings: Mapping[str, Sequence[Reading]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def top_words(readings: Sequence[Reading], series: Callable[[Reading], np.ndarray], n: int = 12) -> list[tuple[str, int]]:
+def top_words(
+    readings: Sequence[Reading], series: Callable[[Reading], np.ndarray], n: int = 12
+) -> list[tuple[str, int]]:
     """The words that stand most often at the peaks of a series, with how often."""
     counts: dict[str, int] = {}
     for reading in readings:

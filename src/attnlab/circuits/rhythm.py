@@ -39,7 +39,9 @@ def group_heads(spans: Tensor, share: float = 0.3) -> Groups:
         raise ValueError(f"spans must be a finite table [layers, heads], got shape {tuple(spans.shape)}")
     size = int(share * spans.numel() + 1e-9)
     if not 1 <= size <= spans.numel() // 2:
-        raise ValueError(f"share={share} of {spans.numel()} heads is {size} a group; 1 to {spans.numel() // 2} would do")
+        raise ValueError(
+            f"share={share} of {spans.numel()} heads is {size} a group; 1 to {spans.numel() // 2} would do"
+        )
     order = spans.flatten().argsort(stable=True).tolist()
     local, far = ([divmod(i, spans.shape[1]) for i in sorted(part)] for part in (order[:size], order[-size:]))
     return local, far
@@ -115,7 +117,9 @@ def token_entropy(logits: Tensor, align: Literal["input", "prediction"] = "input
     distribution that token ``t`` was drawn from (row ``t - 1``; position 0 is NaN), with ``"prediction"`` that of row ``t``.
     """
     if align not in ("input", "prediction"):
-        raise ValueError(f"align={align!r} is unknown; use 'input' (token t's own distribution) or 'prediction' (the next's)")
+        raise ValueError(
+            f"align={align!r} is unknown; use 'input' (token t's own distribution) or 'prediction' (the next's)"
+        )
     logs = logits.log_softmax(-1)
     entropy = -(logs.exp() * logs).nan_to_num(0.0).sum(-1)
     if align == "prediction":
@@ -145,7 +149,9 @@ def check_maps(maps: Tensor | None, start: int) -> None:
     if maps.ndim < 2 or maps.shape[-1] != maps.shape[-2]:
         raise ValueError(f"maps must be [..., N, N], got shape {tuple(maps.shape)}")
     if not 0 <= start < maps.shape[-1]:
-        raise ValueError(f"start={start} leaves no response in {maps.shape[-1]} tokens; 0 to {maps.shape[-1] - 1} would do")
+        raise ValueError(
+            f"start={start} leaves no response in {maps.shape[-1]} tokens; 0 to {maps.shape[-1] - 1} would do"
+        )
     if float(maps.triu(1).abs().amax()) > 0:
         raise ValueError("maps: a token attends to a later one; give the maps of a causal model, after the mask")
     if not bool(((maps.sum(-1) - 1).abs() < 1e-3).all()):
@@ -162,10 +168,13 @@ def check_horizon(horizon: tuple[int, int | None], length: int) -> None:
     if low < 0 or (high is not None and high < low):
         raise ValueError(f"horizon={horizon} must be (low, high) with 0 <= low <= high, or high None for the end")
     if length < low + 2:
-        raise ValueError(f"horizon={horizon}: a response of {length} tokens is too short, at least {low + 2} are needed")
+        raise ValueError(
+            f"horizon={horizon}: a response of {length} tokens is too short, at least {low + 2} are needed"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- peaks and chance
+
 
 def peaks(series: np.ndarray, quantile: float = 0.8) -> np.ndarray:
     """Local maxima ``[N]`` (bool) above a quantile of the series; of a plateau its first token; ends count; NaN never.
@@ -248,7 +257,9 @@ def shift_test(
         raise ValueError("pairs is empty; give one pair of series a response")
     for i, (a, b) in enumerate(pairs):
         if len(a) != len(b) or len(a) < 3:
-            raise ValueError(f"pairs[{i}]: series of {len(a)} and {len(b)} tokens; equal lengths of at least 3 are needed")
+            raise ValueError(
+                f"pairs[{i}]: series of {len(a)} and {len(b)} tokens; equal lengths of at least 3 are needed"
+            )
     each = np.array([statistic(a, b) for a, b in pairs])
     table = [np.array([statistic(a, np.roll(b, j)) for j in range(1, len(b))]) for a, b in pairs]
     rng = np.random.default_rng(seed)
