@@ -59,7 +59,7 @@ def top_share(scores: Tensor, share: float) -> Tensor:
     """The ``round(share * R)`` highest scores of each response (at least one), bool; ties go to the earlier token, NaN never."""
     filled = scores.nan_to_num(nan=-torch.inf)
     count = max(1, round(share * scores.shape[-1]))
-    rank = filled.argsort(-1, descending=True, stable=True).argsort(-1)
+    rank = filled.argsort(dim=-1, descending=True, stable=True).argsort(-1)
     return (rank < count) & ~scores.isnan()
 
 

@@ -1,8 +1,8 @@
 """Attention Illuminates LLM Reasoning: the Preplan-and-Anchor Rhythm (Li et al. 2025, arXiv:2510.13554).
 
-Taught in the chapter ``circuits/preplan-anchor``. Here: reading stored answers with a real model, and the exact test of anchors in
-a small model whose chains of thought are sums. The two numbers stand in :mod:`attnlab.circuits.rhythm`, the weights in
-:mod:`attnlab.circuits.credit`.
+Taught in the chapter ``circuits/preplan-anchor``. Here: reading stored answers with a real model. The two numbers stand in
+:mod:`attnlab.circuits.rhythm`, the weights in :mod:`attnlab.circuits.credit`, the model in which anchors are tested exactly in
+:mod:`attnlab.circuits.chain_model`.
 """
 
 from __future__ import annotations
@@ -97,9 +97,13 @@ def read_answer(model: HookedLM, answer: Answer, groups: Mapping[str, rhythm.Gro
                     chosen = rhythm.without_columns(chosen, columns) if sink == "removed" else chosen
                     total += chosen.sum(0) / len(group)
 
-    logits = each_layer(model, tokens, add)[0].float()
-    kinds: tuple[Literal["input", "prediction"], ...] = ("input", "prediction")
-    entropy = {kind: rhythm.token_entropy(logits, kind)[start:].double().numpy() for kind in kinds}
+    logits = each_layer(model, tokens, add)[
+        0, start - 1 :
+    ].float()  # from the row that predicts the first token of the answer
+    entropy: dict[str, np.ndarray] = {
+        "input": rhythm.token_entropy(logits, "input")[1:].double().numpy(),
+        "prediction": rhythm.token_entropy(logits, "prediction")[1:].double().numpy(),
+    }
     words = [model.tokenizer.decode([token]) for token in answer.response]
     return {sink: Reading(words, start, local, far, entropy) for sink, (local, far) in sums.items()}
 
@@ -124,10 +128,10 @@ def _tokens(answer: Answer) -> Tensor:
 # --------------------------------------------------------------------------------------------------- the rhythm over answers
 
 
-def rhythm_tests(
+def rhythm_pairs(
     readings: Sequence[Reading], align: Literal["input", "prediction"] = "input", quantile: float = 0.8
-) -> dict[str, rhythm.ShiftTest]:
-    """The two statistics of the paper's table 2 against circular shifts: entropy at peaks of WAAD, and FAI after WAAD.
+) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
+    """The series behind the two statistics, one pair an answer: peaks of WAAD with entropies, peaks of WAAD with peaks of FAI.
 
     Only tokens that have an FAI take part in the second: nothing could follow a peak in the last ten.
     """
@@ -137,35 +141,61 @@ def rhythm_tests(
         entropy.append((rhythm.peaks(waad, quantile), reading.entropy[align]))
         some = np.isfinite(fai)
         anchors.append((rhythm.peaks(waad[some], quantile), rhythm.peaks(fai[some], quantile)))
-    return {
-        "entropy": rhythm.shift_test(entropy, rhythm.lift),
-        "follows": rhythm.shift_test(anchors, rhythm.follows),
-    }
+    return {"entropy": entropy, "follows": anchors}
 
 
-def test_table(readings: Mapping[str, Sequence[Reading]]) -> pd.DataFrame:
-    """Both statistics for every treatment of the sink and both alignments of the entropy, with the shift null and its p."""
+def rhythm_tests(
+    readings: Sequence[Reading],
+    align: Literal["input", "prediction"] = "input",
+    quantile: float = 0.8,
+    test: Callable[..., rhythm.ShiftTest] = rhythm.shift_test,
+) -> dict[str, rhythm.ShiftTest]:
+    """The two statistics of the paper's table 2 against chance: entropy at peaks of WAAD in nats, share of peaks that FAI follows.
+
+    ``test`` is :func:`~attnlab.circuits.rhythm.shift_test`, or :func:`~attnlab.circuits.rhythm.shuffle_test` for the paper's null.
+    """
+    pairs = rhythm_pairs(readings, align, quantile)
+    return {"entropy": test(pairs["entropy"], rhythm.lift), "follows": test(pairs["follows"], rhythm.follows)}
+
+
+NAMES = {"entropy": "entropy at WAAD peaks, nats above mean", "follows": "WAAD peaks that FAI follows, %"}
+UNITS = {"entropy": 1.0, "follows": 100.0}
+
+
+def rhythm_row(name: str, test: rhythm.ShiftTest, **more: str) -> dict[str, Any]:
+    """One line of a table: the statistic, the middle 98% of its null, and p."""
+    low, high = test.band()[1]
+    unit = UNITS[name]
+    measured = {"measured": unit * test.value, "null, 1%": unit * low, "null, 99%": unit * high, "p": test.p}
+    return {"statistic": NAMES[name], **more, **measured}
+
+
+def rhythm_table(readings: Mapping[str, Sequence[Reading]]) -> pd.DataFrame:
+    """Both statistics for every treatment of the sink and both alignments of the entropy, against circular shifts."""
     rows = []
     for sink, each in readings.items():
         for align in ("input", "prediction"):
-            found = rhythm_tests(each, align)
-            for name, test in found.items():
-                if name == "follows" and align == "prediction":
-                    continue  # it does not use the entropy
-                low, high = test.band()[1]
-                what = f"entropy lift, {align}" if name == "entropy" else "FAI after WAAD"
-                unit = 1.0 if name == "entropy" else 100.0
-                rows.append(
-                    {
-                        "statistic": what,
-                        "sink": sink,
-                        "measured": unit * test.value,
-                        "shifted, 1%": unit * low,
-                        "shifted, 99%": unit * high,
-                        "p": test.p,
-                    }
-                )
-    return pd.DataFrame(rows)
+            for name, test in rhythm_tests(each, align).items():
+                if name == "entropy" or align == "input":  # the second statistic does not use the entropy
+                    rows.append(rhythm_row(name, test, sink=sink, align=align if name == "entropy" else "-"))
+    return pd.DataFrame(rows).sort_values(["statistic", "align"], kind="stable", ignore_index=True)
+
+
+def shuffled(answer: Answer, seed: int = 0) -> Answer:
+    """The same tokens of the answer in random order: the same words, no reasoning and no language."""
+    order = np.random.default_rng(seed).permutation(len(answer.response))
+    return answer._replace(response=[answer.response[i] for i in order])
+
+
+def as_answers(tokenizer: Any, passages: Sequence[tuple[str, str]]) -> list[Answer]:
+    """Texts by people as if the model had given them: one conversation for each (request, text)."""
+    answers = []
+    for request, text in passages:
+        message = [{"role": "user", "content": request}]
+        prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+        response = tokenizer(text, add_special_tokens=False)["input_ids"]
+        answers.append(Answer(request, 0, text, list(prompt), list(response)))
+    return answers
 
 
 def top_words(
