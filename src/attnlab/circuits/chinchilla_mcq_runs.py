@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,18 +35,20 @@ HELD_OUT = 20230718
 
 @dataclass(frozen=True)
 class Family:
-    """Small models that see the same mixture of labels: ``mixture`` by weight, ``options`` lines, ``steps`` updates."""
+    """Small models that see the same prompts: ``mixture`` of labels by weight, ``options``, ``layout``, ``steps`` updates."""
 
     mixture: Mapping[str, float]
-    options: int
-    steps: int
+    options: int = 4
+    layout: str = "lines"
+    steps: int = 2500
 
 
+MIXTURE: Mapping[str, float] = {"ABCD": 0.4, "shuffled": 0.2, "random": 0.4}
 FAMILIES: Mapping[str, Family] = {
-    "mixed": Family({"ABCD": 0.4, "shuffled": 0.2, "random": 0.4}, 4, 2500),
-    "natural": Family({"ABCD": 0.5, "random": 0.5}, 4, 2500),
-    "order": Family({"ABCD": 1.0}, 4, 800),
-    "eight": Family({"ABCD": 0.4, "shuffled": 0.2, "random": 0.4}, 8, 2500),
+    "lines": Family(MIXTURE),
+    "order": Family({"ABCD": 1.0}, steps=800),
+    "list": Family(MIXTURE, layout="list"),
+    "eight": Family(MIXTURE, options=8, layout="list"),
 }
 
 
@@ -55,14 +58,14 @@ def train_one(family: Family, seed: int, progress: bool = True) -> tuple[WordMod
     model = WordModel(WORDS, **SIZES, context=length, init_std=SIZES["d_model"] ** -0.5, seed=seed)
 
     def batches(rng: np.random.Generator) -> tuple[Any, Any]:
-        drawn = choices(rng, BATCH, family.mixture, family.options)
+        drawn = choices(rng, BATCH, family.mixture, family.options, layout=family.layout)
         return drawn.tokens, drawn.answers
 
     def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return F.cross_entropy(network(batch[0])[:, -1], batch[1])
 
     def evaluate(network: nn.Module) -> dict[str, float]:
-        return {name: accuracy(network, name, family.options) for name in CONDITIONS}
+        return {name: accuracy(network, name, family) for name in CONDITIONS}
 
     config = TrainConfig(steps=family.steps, lr=2e-3, warmup=50, seed=seed, evaluate_every=min(500, family.steps))
     history = fit(model, batches, loss, config, evaluate=evaluate, progress=progress)
@@ -74,9 +77,9 @@ def train_one(family: Family, seed: int, progress: bool = True) -> tuple[WordMod
     }
 
 
-def accuracy(network: nn.Module, condition: str, options: int, n: int = TEST, seed: int = HELD_OUT) -> float:
+def accuracy(network: nn.Module, condition: str, family: Family, n: int = TEST, seed: int = HELD_OUT) -> float:
     """Share of held-out prompts, right lines balanced, whose right label beats the other labels shown."""
-    drawn = choices(np.random.default_rng(seed), n, condition, options, balanced=True)
+    drawn = choices(np.random.default_rng(seed), n, condition, family.options, balanced=True, layout=family.layout)
     device = next(network.parameters()).device
     with torch.no_grad():
         end = network(torch.as_tensor(drawn.tokens, device=device))[:, -1].cpu()
@@ -84,18 +87,19 @@ def accuracy(network: nn.Module, condition: str, options: int, n: int = TEST, se
     return float((shown.argmax(1) == torch.as_tensor(drawn.gold)).double().mean())
 
 
-def train(folder: Path, commit: str) -> None:
+def train(folder: Path, commit: str, families: Sequence[str] = tuple(FAMILIES)) -> None:
     """Train every family on every seed into ``folder`` and write the record beside it; models that are recorded already stay."""
     folder.mkdir(parents=True, exist_ok=True)
     record = folder.parent / "chinchilla-mcq-models.json"
     before = records.load(record.stem, record.parent)
     rows: list[dict[str, Any]] = list(before.rows) if before else []
-    for name, family in FAMILIES.items():
+    for name in families:
+        family = FAMILIES[name]
         for seed in SEEDS:
             path = model_path(name, seed, folder)
             if path.is_file() and any(row["file"] == path.name and row["sha256"] == digest(path) for row in rows):
                 continue
-            model, measured = train_one(family, seed)
+            model, measured = train_one(family, seed, progress=sys.stderr.isatty())
             model.save(path)
             rows = [row for row in rows if row["file"] != path.name]
             rows.append(
@@ -105,6 +109,7 @@ def train(folder: Path, commit: str) -> None:
                     "seed": seed,
                     "mixture": dict(family.mixture),
                     "options": family.options,
+                    "layout": family.layout,
                     "steps": family.steps,
                     "parameters": sum(p.numel() for p in model.parameters()),
                     "file": path.name,
@@ -146,10 +151,11 @@ def digest(path: Path) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--train", type=Path, help="folder to put the small models into")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="which of them")
     parser.add_argument("--commit", default="unknown", help="of the code, for the record")
     chosen = parser.parse_args(arguments)
     if chosen.train:
-        train(chosen.train, chosen.commit)
+        train(chosen.train, chosen.commit, chosen.families)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Lettered multiple choice in words: a question, lines of a label and a text, and the label of the right line as the answer.
 
-``? France A Rome B Paris C Oslo D Lima =`` asks for ``B``. What stands for the lines (``A B C D``, the same letters shuffled, random
+``? France A Rome B Paris C Oslo D Lima =`` asks for ``B``; so does ``? France Rome Paris Oslo Lima A B C D =``. What stands for the lines (``A B C D``, the same letters shuffled, random
 letters, digits) is chosen apart from what is asked, so that knowing the answer and saying its label can be told apart.
 Token numbers are those of :class:`attnlab.models.word_model.WordModel` over :data:`WORDS`.
 """
@@ -30,35 +30,29 @@ WORDS = (*(q for q, _ in FACTS), *(a for _, a in FACTS), *LETTERS, *DIGITS, "?",
 _NUMBER = {word: i for i, word in enumerate(WORDS, start=1)}
 QUESTION, TEXT, LETTER, DIGIT = (_NUMBER[first] for first in (FACTS[0][0], FACTS[0][1], "A", "1"))
 ASK, EQUALS = _NUMBER["?"], _NUMBER["="]
+#: where the labels stand: each before its text, or all of them behind all texts
+LAYOUTS = ("lines", "list")
 #: how the lines are labelled
 CONDITIONS = ("ABCD", "shuffled", "random", "gap", "digits")
 
 
 class Choices(NamedTuple):
-    """Prompts of one length.
+    """Prompts of one length T = 2 k + 3.
 
-    ``tokens`` [N, T] with T = 2 k + 3, ``labels`` [N, k] the label of each line, ``gold`` [N] the line that is right, counted
-    from 0. Line ``i`` has its label at position ``2 + 2 i`` and its text behind it.
+    ``tokens`` [N, T], ``labels`` [N, k] the label of each line, ``gold`` [N] the line that is right, counted from 0; ``label_at``
+    and ``text_at`` [k] are the positions of the labels and of the texts.
     """
 
     tokens: NDArray[np.int64]
     labels: NDArray[np.int64]
     gold: NDArray[np.int64]
+    label_at: NDArray[np.int64]
+    text_at: NDArray[np.int64]
 
     @property
     def answers(self) -> NDArray[np.int64]:
         """The label of the right line, ``[N]``."""
         return self.labels[np.arange(len(self.gold)), self.gold]
-
-    @property
-    def label_at(self) -> NDArray[np.int64]:
-        """Positions of the labels, ``[k]``."""
-        return 2 + 2 * np.arange(self.labels.shape[1])
-
-    @property
-    def text_at(self) -> NDArray[np.int64]:
-        """Positions of the texts, ``[k]``."""
-        return self.label_at + 1
 
     def words(self, number: int) -> list[str]:
         """One prompt as words."""
@@ -71,6 +65,7 @@ def choices(
     condition: str | Mapping[str, float] = "ABCD",
     options: int = 4,
     balanced: bool = False,
+    layout: str = "lines",
 ) -> Choices:
     """``n`` prompts with ``options`` lines.
 
@@ -80,10 +75,11 @@ def choices(
         condition: one of :data:`CONDITIONS`, or a mixture of them by weight. ``ABCD``: the first letters in order; ``shuffled``: the
             same in random order; ``random``: different letters of the alphabet in any order; ``gap``: in order, one letter left out; ``digits``: 1, 2, 3, ...
         options: lines, from 2 to 8.
+        layout: one of :data:`LAYOUTS`.
         balanced: every line is right equally often (``n`` must be a multiple of ``options``), instead of by chance.
 
     Raises:
-        ValueError: no prompts, an unknown condition, a number of lines or a balance that cannot be.
+        ValueError: no prompts, an unknown condition or layout, a number of lines or a balance that cannot be.
     """
     if n < 1:
         raise ValueError(f"n: at least one prompt is wanted, not {n}")
@@ -91,6 +87,8 @@ def choices(
         raise ValueError(f"options: from 2 to {len(DIGITS)} lines are wanted, not {options}")
     if balanced and n % options:
         raise ValueError(f"n: balanced needs a multiple of {options} prompts, not {n}")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: {' or '.join(LAYOUTS)} is wanted, not {layout!r}")
     weights = {condition: 1.0} if isinstance(condition, str) else dict(condition)
     if unknown := [name for name in weights if name not in CONDITIONS]:
         raise ValueError(f"condition: {', '.join(CONDITIONS)} are known, not {unknown[0]!r}")
@@ -103,8 +101,10 @@ def choices(
     labels = np.stack([_labels(rng, n, name, options) for name in weights])[which, np.arange(n)]
     tokens = np.full((n, 2 * options + 3), EQUALS, dtype=np.int64)
     tokens[:, 0], tokens[:, 1] = ASK, QUESTION + facts[np.arange(n), gold]
-    tokens[:, 2:-1:2], tokens[:, 3:-1:2] = labels, TEXT + facts
-    return Choices(tokens, labels, gold)
+    lines = np.arange(options)
+    label_at, text_at = (2 + 2 * lines, 3 + 2 * lines) if layout == "lines" else (2 + options + lines, 2 + lines)
+    tokens[:, label_at], tokens[:, text_at] = labels, TEXT + facts
+    return Choices(tokens, labels, gold, label_at, text_at)
 
 
 def _labels(rng: np.random.Generator, n: int, condition: str, options: int) -> NDArray[np.int64]:
