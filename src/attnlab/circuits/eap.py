@@ -115,12 +115,18 @@ class EdgeSums:
         self.model, self.metric, self.direction = model, metric, direction
         self.wiring, self.weights = _wiring(model), _projections(model)
         self.method = "EAP" if steps == 1 else "EAP-IG"
-        self.how = {"method": self.method, "steps": steps, "endpoint": endpoint, "path": path, "total": total}
+        self.how: dict[str, Any] = {
+            "method": self.method,
+            "steps": steps,
+            "endpoint": endpoint,
+            "path": path,
+            "total": total,
+        }
         self.tally = _Tally(self.wiring)
 
     def points(self, batch: Batch) -> Iterator[int]:
-        """Take one gradient point of a batch after another; the batch counts once all have been drawn."""
-        steps, parts = int(self.how["steps"]), len(batch) if self.how["total"] == "absolute" else 1
+        """Take one gradient point of a batch after another; with the last one the batch counts."""
+        steps, parts = self.how["steps"], len(batch) if self.how["total"] == "absolute" else 1
         offset = OFFSETS[self.how["endpoint"]]
         ends = _both_ends(self.model, self.wiring, batch, self.metric, self.direction)
         effect = torch.zeros(parts, self.wiring.n_src, self.wiring.n_dst, dtype=torch.float64)
@@ -130,9 +136,11 @@ class EdgeSums:
             for columns, grads in _port_gradients(self.model, self.wiring, run, value, self.weights):
                 reads = int(self.wiring.reads[columns][0])
                 effect[:, :reads, columns] += _products(ends.change[:reads], grads, parts).double().cpu() / steps
-            yield k
-        self.tally.effect += effect.abs().sum(0) if parts > 1 or self.how["total"] == "absolute" else effect[0]
+            if k < steps - 1:
+                yield k
+        self.tally.effect += effect.abs().sum(0) if self.how["total"] == "absolute" else effect[0]
         self.tally.count(ends)
+        yield steps - 1
 
     def scores(self, pairs: Pairs) -> EdgeScores:
         """The scores of the pairs, all of whose batches were taken.

@@ -61,8 +61,9 @@ def to_json(
     pairs: Pairs | None = None,
     method: Mapping[str, Any] | None = None,
     roles: Mapping[str, Sequence[str | Node]] | None = None,
-    evaluation: Mapping[str, float] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
     every_edge: bool = False,
+    node_scores: Mapping[str, float] | None = None,
 ) -> str:
     """The circuit as text in the schema above.
 
@@ -75,6 +76,7 @@ def to_json(
         roles: names of roles and their nodes, as in :class:`~attnlab.circuits.reference.ReferenceCircuit`.
         evaluation: what was measured, such as ``{"faithfulness": 0.83}``.
         every_edge: write the edges outside the circuit too, so that all scores are kept.
+        node_scores: scores of nodes by name (``"a9.h6"``), for circuits that were found by scoring heads.
 
     Raises:
         ValueError: if graph, model and scores are not wired alike, a role names an unknown node, or a number is not finite.
@@ -93,6 +95,8 @@ def to_json(
             entry["role"] = names[name]
         if totals is not None and name != LOGITS:
             entry["score"] = totals[rows[name]]
+        elif node_scores is not None and name in node_scores:
+            entry["score"] = float(node_scores[name])
         return entry
 
     listed = Graph.full(wiring) if every_edge else graph
