@@ -99,26 +99,27 @@ def weights(rule: str, waad: Tensor, fai: Tensor, settings: Credit, **extra: Any
     if waad.shape != fai.shape:
         raise ValueError(f"waad {tuple(waad.shape)} and fai {tuple(fai.shape)} must have one shape")
     waad, fai = waad.detach(), fai.detach()
-    more = settings.amplify - 1
     if rule == "uniform":
         return torch.ones_like(waad)
+    return 1 + (settings.amplify - 1) * _chosen(rule, waad, fai, settings, **extra).to(waad)
+
+
+def _chosen(rule: str, waad: Tensor, fai: Tensor, settings: Credit, **extra: Any) -> Tensor:
+    """Of every token, which share of the extra credit it gets: all or nothing, but for the coupled rule."""
     if rule == "random":
-        noise = torch.rand(waad.shape, generator=extra["generator"]).to(
-            waad
-        )  # drawn on the CPU: the same on every device
-        return 1 + more * top_share(noise, settings.share)
+        noise = torch.rand(waad.shape, generator=extra["generator"])  # drawn on the CPU: the same on every device
+        return top_share(noise, settings.share)
     if rule == "entropy":
-        return 1 + more * top_share(extra["entropy"].detach(), settings.share)
+        return top_share(extra["entropy"].detach(), settings.share)
     if rule == "local":
-        return 1 + more * top_share(preplan_score(waad), settings.share)
+        return top_share(preplan_score(waad), settings.share)
     anchors = top_share(fai, settings.share)
     if rule == "global":
-        return 1 + more * anchors
+        return anchors
     dominated, introduced = introductions(
         waad, anchors, settings.back
     )  # equation 18: a token in two sets gets both terms
-    kept = (anchors & ~dominated) + (1 - settings.alpha) * dominated
-    return 1 + more * (kept + settings.alpha * introduced)
+    return (anchors & ~dominated) + (1 - settings.alpha) * dominated + settings.alpha * introduced
 
 
 def matched(gamma: Tensor) -> Tensor:

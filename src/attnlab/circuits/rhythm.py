@@ -90,8 +90,9 @@ def fai(far: Tensor, start: int = 0, horizon: tuple[int, int | None] = HORIZON) 
     check_maps(far, start)
     check_horizon(horizon, far.shape[-1] - start)
     low, high = horizon
-    ahead = distances(far)
-    read = (ahead >= low) & (torch.arange(far.shape[-1], device=far.device)[:, None] >= start)
+    index = torch.arange(far.shape[-1], device=far.device)
+    ahead = index[:, None] - index  # row t, column s: negative above the diagonal, which no horizon takes in
+    read = (ahead >= low) & (index[:, None] >= start)
     if high is not None:
         read &= ahead <= high
     return (far * read).sum(-2) / read.sum(-2)  # 0 / 0 is NaN

@@ -26,7 +26,7 @@ def train_models(folder: Path, seeds: Sequence[int], steps: int = 1500, **sizes:
     rows = []
     for seed in seeds:
         start = time.perf_counter()
-        model, history = repeats.train(seed, steps, **sizes)
+        model, _ = repeats.train(seed, steps, **sizes)
         path = repeats.path_of(seed, folder)
         folder.mkdir(parents=True, exist_ok=True)
         model.save(path)
