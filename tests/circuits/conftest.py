@@ -156,6 +156,8 @@ def _corpus() -> list[str]:
     texts += [f" {color.title()}\nQ: On the" for color in tasks.COLORS]
     texts += [template.format(a="a", b="b", s="s", place="p", thing="t") for template in tasks.IOI_TEMPLATES]
     texts += [f"{subject} a an, and What color is the?\nA:" for subject in ("x there is", "x you see", "x I see")]
+    texts += [f"{word} {word}" for word in (*tasks.CODE_NAMES, *tasks.DESCRIPTIONS)]
+    texts += ['def x(self, x, x):\n    """x x\n\n    :param x: x\n    :param']
     texts += ["The war lasted from the year", "Afterwards"]
     texts += [f"17{year:02d} {year:02d} to the year 17" for year in range(100)]
     return texts

@@ -24,7 +24,13 @@ def make(kind, tokenizer, **options):
     return getattr(tasks, kind)(tokenizer, N, **options)
 
 
-KINDS = [("ioi", {}), ("ioi", {"corruption": "abc"}), ("colored_objects", {}), ("greater_than", {})]
+KINDS = [
+    ("ioi", {}),
+    ("ioi", {"corruption": "abc"}),
+    ("colored_objects", {}),
+    ("greater_than", {}),
+    ("docstring", {}),
+]
 
 
 @pytest.mark.parametrize(("kind", "options"), KINDS)
@@ -149,6 +155,23 @@ def test_greater_than_by_year(toy_years):
         assert (batch.clean != batch.corrupt).equal(batch.mask("year"))
 
 
+def test_docstring_asks_for_the_argument_after_the_last_described(tokenizer):
+    pairs = tasks.docstring(tokenizer, N)
+    for number, pair in enumerate(pairs.pairs):
+        signature = pair.clean[pair.clean.index("self, ") + 6 : pair.clean.index("):")].split(", ")
+        described = [line.split()[1].rstrip(":") for line in pair.clean.splitlines() if line.startswith("    :param ")]
+        assert described == signature[2:4]
+        assert pair.answers == [f" {signature[4]}"]
+        assert pair.foils == [f" {name}" for name in signature if name != signature[4]]
+        assert words_at(pairs, number, "signature") == words_at(pairs, number, "param") == [signature[3]]
+        assert words_at(pairs, number, "END") == ["param"]
+        names = pair.corrupt[pair.corrupt.index("self, ") + 6 : pair.corrupt.index("):")].split(", ")
+        other = [line.split()[1].rstrip(":") for line in pair.corrupt.splitlines() if line.startswith("    :param ")]
+        assert (
+            len({*signature, *names, *other}) == 14
+        )  # nothing of the clean prompt is left, nothing of one part in the other
+
+
 def test_a_form_that_the_tokenizer_does_not_speak_is_refused(toy_digits, toy_years):
     with pytest.raises(ValueError, match="pair 0 of 'greater-than-year'"):
         tasks.greater_than(toy_digits, 3, form="year")
@@ -156,9 +179,9 @@ def test_a_form_that_the_tokenizer_does_not_speak_is_refused(toy_digits, toy_yea
         tasks.greater_than(toy_years, 3, form="digit")
 
 
-@pytest.mark.parametrize("kind", ["ioi", "colored_objects", "greater_than"])
+@pytest.mark.parametrize("kind", ["ioi", "colored_objects", "greater_than", "docstring"])
 def test_a_tokenizer_that_splits_the_words_is_refused(toy_letters, kind):
-    with pytest.raises(ValueError, match=r"keeps 0 of \d+ words whole .*needs \d words of one token"):
+    with pytest.raises(ValueError, match=r"keeps 0 of \d+ words whole .*needs \d+ words of one token"):
         getattr(tasks, kind)(toy_letters, 3)
 
 
@@ -169,7 +192,7 @@ def test_unknown_options_are_refused(toy_digits):
         tasks.greater_than(toy_digits, form="month")
 
 
-@pytest.mark.parametrize("kind", ["ioi", "colored_objects", "greater_than"])
+@pytest.mark.parametrize("kind", ["ioi", "colored_objects", "greater_than", "docstring"])
 def test_no_pairs_are_refused(toy_digits, kind):
     with pytest.raises(ValueError, match="is empty"):
         getattr(tasks, kind)(toy_digits, 0)

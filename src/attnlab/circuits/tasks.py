@@ -4,6 +4,7 @@
 - :func:`colored_objects`: one-shot colour look-up (Merullo et al. 2024, arXiv:2310.08744, section 2; word lists as in their
   published generator).
 - :func:`greater_than`: "from the year 1732 to the year 17" (Hanna et al. 2023, arXiv:2305.00586).
+- :func:`docstring`: the next argument in a half-written Python docstring (Heimersheim & Janiak 2023).
 
 Words that a tokenizer splits are left out, so a task adapts to the model; too few words left is an error.
 """
@@ -99,6 +100,58 @@ EVENTS = [
     "occupation",
     "festival",
     "rebellion",
+]
+
+#: names of functions and arguments, and words to describe them with
+CODE_NAMES = [
+    "load",
+    "size",
+    "file",
+    "last",
+    "name",
+    "key",
+    "path",
+    "data",
+    "model",
+    "target",
+    "source",
+    "index",
+    "field",
+    "image",
+    "text",
+    "value",
+    "state",
+    "node",
+    "error",
+    "user",
+    "table",
+    "line",
+    "group",
+    "token",
+    "order",
+    "result",
+    "label",
+    "color",
+    "width",
+    "depth",
+]
+DESCRIPTIONS = [
+    "crime",
+    "tree",
+    "oil",
+    "piece",
+    "river",
+    "sector",
+    "gap",
+    "music",
+    "winter",
+    "bread",
+    "market",
+    "stone",
+    "garden",
+    "hand",
+    "paper",
+    "summer",
 ]
 
 
@@ -211,6 +264,40 @@ def greater_than(tokenizer: Any, n: int = 24, seed: int = 0, form: Literal["digi
             spans = {"year": [(start, start + 2)]}
         pairs.append(Pair(clean, corrupt, answers, foils, spans))
     return Pairs(f"greater-than-{form}", tokenizer, pairs, single_token=("year",))
+
+
+def docstring(tokenizer: Any, n: int = 24, seed: int = 0) -> Pairs:
+    """Next argument in a docstring: "def port(self, load, size, file, last, name): ... :param file: ... :param" -> " last".
+
+    The signature has two arguments that the docstring passes over, three that it describes in order, of which the last is the
+    answer, and one more. The corrupt prompt has other names everywhere, those of its docstring different from those of its
+    signature ("random random" in Heimersheim & Janiak), so that nothing can be inferred.
+
+    Positions: ``signature`` and ``param`` (the name before the answer, in the signature and in the docstring), ``END``. Answer:
+    the next argument; foils: the other five. :func:`~attnlab.circuits.metrics.log_odds` compares it with all of them.
+    """
+    rng = random.Random(seed)
+    names = _single_token_words(tokenizer, CODE_NAMES, needed=16)
+    words = _single_token_words(tokenizer, DESCRIPTIONS, needed=7)
+    pairs = []
+    for _ in range(n):
+        function, *rest = rng.sample(names, 15)
+        arguments, others, described = rest[:6], rest[6:12], rest[12:14]
+        text = [rng.choice(words) for _ in range(7)]
+
+        def write(
+            signature: Sequence[str], listed: Sequence[str], function: str = function, text: Sequence[str] = tuple(text)
+        ) -> str:
+            head = f'def {function}(self, {", ".join(signature)}):\n    """{" ".join(text[:3])}\n\n'
+            lines = [f"    :param {name}: {' '.join(text[3 + 2 * i : 5 + 2 * i])}\n" for i, name in enumerate(listed)]
+            return head + "".join(lines) + "    :param"
+
+        clean, corrupt = write(arguments, arguments[2:4]), write(others, described)
+        before = spans_of(clean, arguments[3])
+        foils = [f" {name}" for name in arguments if name != arguments[4]]
+        spans = {"signature": before[:1], "param": before[1:2]}
+        pairs.append(Pair(clean, corrupt, [f" {arguments[4]}"], foils, spans))
+    return Pairs("docstring", tokenizer, pairs, single_token=("signature", "param"))
 
 
 def _block(rng: random.Random, hues: Sequence[str], named: Sequence[str]) -> Callable[[int], str]:
