@@ -1,0 +1,134 @@
+"""Distributed attention against one process, on the same numbers: errors, bytes on the wire, seconds.
+
+The functions are jobs for :func:`attnlab.scale.launch.processes`, :func:`~attnlab.scale.launch.threads` and torchrun.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnlab.scale.attention import gathered_attention, ring_attention, ulysses_attention
+from attnlab.scale.layouts import Layout, shard
+from attnlab.scale.traffic import Method, bytes_sent
+from attnlab.scale.wire import Wire
+
+FORMS = {"ring": ring_attention, "ulysses": ulysses_attention, "gathered": gathered_attention}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A batch of sequences [batch, length, heads, width], the same on every rank: drawn from ``seed`` on the CPU."""
+
+    length: int = 256
+    heads: int = 4
+    kv_heads: int = 4
+    width: int = 16
+    batch: int = 1
+    causal: bool = True
+    dtype: torch.dtype = torch.float64
+    seed: int = 0
+
+    def draw(self) -> list[Tensor]:
+        """q, k, v and the gradient of the output."""
+        generator = torch.Generator().manual_seed(self.seed)
+        heads = (self.heads, self.kv_heads, self.kv_heads, self.heads)
+        return [
+            torch.randn(self.batch, self.length, n, self.width, generator=generator, dtype=torch.float64).to(self.dtype)
+            for n in heads
+        ]
+
+    def bytes(self, method: Method, ranks: int, *, backward: bool) -> int:
+        """What the formula says that a rank sends."""
+        element = self.dtype.itemsize
+        return bytes_sent(
+            method,
+            ranks,
+            self.batch * self.length // ranks,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            width=self.width,
+            element=element,
+            gradient=max(element, 4),
+            backward=backward,
+        )
+
+
+def one_process(problem: Problem, device: torch.device | str = "cpu") -> list[Tensor]:
+    """Output and gradients of q, k, v from torch's own attention, in float64 [batch, length, heads, width]."""
+    q, k, v, do = (x.to(device, torch.float64) for x in problem.draw())
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    groups = problem.heads // problem.kv_heads
+    query, key, value = (x.transpose(1, 2) for x in (q, *(x.repeat_interleave(groups, 2) for x in (k, v))))
+    o = F.scaled_dot_product_attention(query, key, value, is_causal=problem.causal).transpose(1, 2)
+    o.backward(do)
+    return [o.detach(), *(x.grad for x in inputs if x.grad is not None)]
+
+
+def compare(wire: Wire, method: Method, layout: Layout, problem: Problem, repeats: int = 3) -> dict[str, Any]:
+    """One forward and backward of this rank's shard against :func:`one_process`.
+
+    Returns:
+        ``method``, ``layout``; ``error`` and ``gradient error``, the largest differences relative to the largest number;
+        bytes sent, counted and by formula; seconds of forward and backward, the best of ``repeats`` after a barrier.
+    """
+    device = torch.device("cuda", torch.cuda.current_device()) if _on_gpu() else torch.device("cpu")
+    mine = [shard(x, wire.ranks, layout)[wire.rank].to(device) for x in problem.draw()]
+    row: dict[str, Any] = {"method": method, "layout": layout}
+    for _ in range(repeats):
+        found = _once(wire, method, layout, problem, mine, row)
+    for name, parts in {"error": slice(0, 1), "gradient error": slice(1, 4)}.items():
+        wanted = one_process(problem, device)[parts]
+        row[name] = max(
+            float((x.double() - shard(y, wire.ranks, layout)[wire.rank]).abs().max() / y.abs().max())
+            for x, y in zip(found[parts], wanted, strict=True)
+        )
+    return row
+
+
+def _once(
+    wire: Wire, method: Method, layout: Layout, problem: Problem, mine: list[Tensor], row: dict[str, Any]
+) -> list[Tensor]:
+    q, k, v, do = mine
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    with _Clock(wire, row, "forward"):
+        o = FORMS[method](inputs[0], inputs[1], inputs[2], wire, causal=problem.causal, layout=layout)
+    with _Clock(wire, row, "backward"):
+        o.backward(do)
+    for name in ("forward", "backward"):
+        row[f"{name} bytes, formula"] = problem.bytes(method, wire.ranks, backward=name == "backward")
+    return [o.detach(), *(x.grad for x in inputs if x.grad is not None)]
+
+
+class _Clock:
+    """Seconds (the best so far) and bytes of what happens inside, all ranks starting together."""
+
+    def __init__(self, wire: Wire, row: dict[str, Any], name: str) -> None:
+        self.wire, self.row, self.name = wire, row, name
+
+    def __enter__(self) -> None:
+        self.wire.barrier()
+        self.wire.reset()
+        self.start = _now()
+
+    def __exit__(self, *error: object) -> None:
+        seconds = _now() - self.start
+        self.row[f"{self.name} s"] = min(seconds, self.row.get(f"{self.name} s", seconds))
+        self.row[f"{self.name} bytes"] = self.wire.sent
+
+
+def _on_gpu() -> bool:
+    import torch.distributed as dist
+
+    return dist.is_initialized() and dist.get_backend() == "nccl"
+
+
+def _now() -> float:
+    if _on_gpu():
+        torch.cuda.synchronize()
+    return time.perf_counter()

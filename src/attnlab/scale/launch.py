@@ -1,0 +1,173 @@
+"""Start a function on several ranks, and end all of them when one fails, is killed, or hangs."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from attnlab.scale.wire import ProcessWire, ThreadWire, Wire
+
+GRACE_S = 1.0  # after the first failure, for the reports of the others
+
+
+class RankError(RuntimeError):
+    """A rank failed or was killed; the message has a line for each that did."""
+
+
+def processes(
+    job: Callable[..., Any], ranks: int, *args: Any, time_limit_s: float = 60.0, threads: int = 1
+) -> list[Any]:
+    """Run ``job(wire, *args)`` in ``ranks`` new processes of this machine (gloo); results in the order of the ranks.
+
+    ``job`` must be importable: a function of a module, not of a notebook. No port is opened to other machines.
+
+    Args:
+        time_limit_s: for everything, starting included (a few seconds).
+        threads: of each process.
+
+    Raises:
+        RankError: a rank raised or was killed; the others are ended.
+        TimeoutError: a rank was not done in time; all are ended.
+        ValueError: fewer than one rank, or a limit that is no time.
+    """
+    _check(ranks, time_limit_s)
+    deadline = time.monotonic() + time_limit_s
+    context = mp.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="attnlab-ranks-") as folder:
+        running, pipes = [], []
+        try:
+            for rank in range(ranks):
+                ours, theirs = context.Pipe(duplex=False)
+                where = (os.path.join(folder, "store"), rank, ranks, time_limit_s, threads)
+                process = context.Process(target=_child, args=(theirs, where, job, args), daemon=True)
+                process.start()
+                theirs.close()
+                running.append(process)
+                pipes.append(ours)
+            results, failures = _collect(running, pipes, deadline)
+        finally:
+            for process in running:
+                process.kill()
+                process.join()
+    if failures:
+        raise RankError("; ".join(f"rank {rank} {what}" for rank, what in sorted(failures.items())))
+    if late := [str(rank) for rank in range(ranks) if rank not in results]:
+        raise TimeoutError(
+            f"rank {', '.join(late)} of {ranks} not done within {time_limit_s:g} s; all ranks were ended"
+        )
+    return [results[rank] for rank in range(ranks)]
+
+
+def threads(job: Callable[..., Any], ranks: int, *args: Any, time_limit_s: float = 60.0) -> list[Any]:
+    """Run ``job(wire, *args)`` on ranks that are threads of this process, for CPU tensors: nothing to start, nothing to gain.
+
+    Raises:
+        RankError: a rank raised, or waited longer than ``time_limit_s`` for another.
+        ValueError: fewer than one rank, or a limit that is no time.
+    """
+    _check(ranks, time_limit_s)
+    post: list[list[queue.Queue[Any]]] = [[queue.Queue() for _ in range(ranks)] for _ in range(ranks)]
+    results: dict[int, Any] = {}
+    failures: dict[int, str] = {}
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = job(ThreadWire(rank, ranks, post, time_limit_s), *args)
+        except Exception as error:
+            failures[rank] = f"raised {type(error).__name__}: {error}"
+
+    running = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(ranks)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    if failures:
+        raise RankError("; ".join(f"rank {rank} {what}" for rank, what in sorted(failures.items())))
+    return [results[rank] for rank in range(ranks)]
+
+
+@contextmanager
+def joined(time_limit_s: float = 60.0) -> Iterator[Wire]:
+    """The wire of a process that ``torchrun`` started: NCCL where each local rank has a GPU, otherwise gloo.
+
+    An operation that waits longer than ``time_limit_s`` for another rank raises, and torchrun ends the job.
+
+    Raises:
+        RuntimeError: outside torchrun.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        raise RuntimeError("RANK and WORLD_SIZE are not set; start this with torchrun, or use attnlab.scale.processes")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    on_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if on_gpu:
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=time_limit_s))
+    try:
+        yield ProcessWire()
+    finally:
+        dist.destroy_process_group()
+
+
+def _child(pipe: Connection, where: tuple[str, int, int, float, int], job: Callable[..., Any], args: tuple) -> None:
+    store, rank, ranks, limit, threads_each = where
+    torch.set_num_threads(threads_each)
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are here: nothing listens to other machines
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=limit)
+        )
+        result = job(ProcessWire(), *args)
+        dist.barrier()  # nobody leaves while another still reads from it
+        pipe.send_bytes(pickle.dumps((True, result)))
+        dist.destroy_process_group()
+    except Exception as error:
+        pipe.send_bytes(pickle.dumps((False, f"raised {type(error).__name__}: {error}\n{traceback.format_exc()}")))
+
+
+def _collect(running: list[Any], pipes: list[Connection], deadline: float) -> tuple[dict[int, Any], dict[int, str]]:
+    """Results and failures of the ranks until all have reported, one has failed (and a moment more), or time is up."""
+    results: dict[int, Any] = {}
+    failures: dict[int, str] = {}
+    while len(results) + len(failures) < len(running) and (left := deadline - time.monotonic()) > 0:
+        waiting = {pipes[rank]: rank for rank in range(len(running)) if rank not in results and rank not in failures}
+        for pipe in wait(list(waiting), timeout=left):
+            rank = waiting[pipe]  # type: ignore[index]
+            try:
+                good, what = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
+            except EOFError:  # it ended without a word
+                running[rank].join(timeout=GRACE_S)
+                good, what = False, _ending(running[rank].exitcode)
+            (results if good else failures)[rank] = what
+            if not good:
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+    return results, failures
+
+
+def _ending(code: int | None) -> str:
+    if code is not None and code < 0:
+        return f"was killed by {signal.Signals(-code).name} (out of memory, if nobody sent it)"
+    return f"ended with exit code {code} before it had a result"
+
+
+def _check(ranks: int, time_limit_s: float) -> None:
+    if ranks < 1:
+        raise ValueError(f"ranks={ranks} must be at least 1")
+    if not time_limit_s > 0:
+        raise ValueError(f"time_limit_s={time_limit_s} must be positive")

@@ -1,0 +1,125 @@
+"""All ways of spreading attention against one process: outputs, gradients and bytes, on ranks that are threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attnlab import scale
+from attnlab.scale import demo
+from attnlab.scale.traffic import METHODS
+from attnlab.scale.wire import ThreadWire
+
+SIZES = [  # (ranks, length, heads, key heads)
+    (1, 14, 2, 1),
+    (2, 28, 4, 2),
+    (3, 42, 6, 3),
+    (4, 40, 8, 4),
+]
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("layout", scale.LAYOUTS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("ranks", "length", "heads", "kv_heads"), SIZES)
+def test_output_gradients_and_bytes(ranks, length, heads, kv_heads, method, layout, causal):
+    problem = demo.Problem(length, heads, kv_heads, width=5, batch=2, causal=causal, seed=ranks)
+    for row in scale.threads(demo.compare, ranks, method, layout, problem, 1, time_limit_s=20):
+        assert row["error"] < 1e-10
+        assert row["gradient error"] < 1e-10
+        for name in ("forward", "backward"):
+            assert row[f"{name} bytes"] == row[f"{name} bytes, formula"]
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 5, 100])
+@pytest.mark.parametrize("layout", scale.LAYOUTS)
+def test_the_size_of_a_block_changes_nothing(layout, block_size):
+    q, k, v, _ = demo.Problem(length=36, width=3).draw()
+
+    def job(wire: scale.Wire) -> torch.Tensor:
+        mine = [scale.shard(x, wire.ranks, layout)[wire.rank] for x in (q, k, v)]
+        return scale.ring_attention(*mine, wire, causal=True, layout=layout, block_size=block_size)
+
+    whole = scale.unshard(scale.threads(job, 3, time_limit_s=20), layout)
+    torch.testing.assert_close(whole, demo.one_process(demo.Problem(length=36, width=3))[0], rtol=0, atol=1e-12)
+
+
+def test_half_precision_adds_up_in_float32_whatever_the_number_of_ranks():
+    errors = {}
+    for ranks in (1, 2, 8):
+        problem = demo.Problem(length=64, width=8, dtype=torch.bfloat16)
+        rows = scale.threads(demo.compare, ranks, "ring", "zigzag", problem, 1, time_limit_s=20)
+        errors[ranks] = max(row["error"] for row in rows)
+    assert errors[1] < 1e-2
+    assert errors[8] < 2 * errors[1]  # the merge adds nothing to what rounding the output costs
+
+
+def test_values_may_have_a_width_of_their_own_and_the_scale_is_an_argument():
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 12, 2, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    v = torch.randn(1, 12, 2, 7, generator=generator, dtype=torch.float64)
+    wanted = torch.softmax(torch.einsum("bthk,bshk->bhts", q, k) * 0.3, -1) @ v.transpose(1, 2)
+
+    def job(wire: scale.Wire) -> torch.Tensor:
+        mine = [scale.shard(x, wire.ranks, "zigzag")[wire.rank] for x in (q, k, v)]
+        return scale.ring_attention(*mine, wire, scale=0.3)
+
+    found = scale.unshard(scale.threads(job, 3, time_limit_s=20), "zigzag")
+    torch.testing.assert_close(found, wanted.transpose(1, 2), rtol=0, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def shards(**change):
+    sizes = {"q": (1, 6, 4, 8), "k": (1, 6, 2, 8), "v": (1, 6, 2, 8)} | change
+    return [torch.zeros(shape) for shape in sizes.values()]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": (1, 6, 3, 8)}, "v: shape"),
+        ({"k": (1, 6, 3, 8), "v": (1, 6, 3, 8)}, "k: 3 heads do not divide the 4 heads of q"),
+        ({"k": (1, 5, 2, 8)}, r"k: shape \(1, 5, 2, 8\)"),
+        ({"q": (6, 4, 8)}, r"q: shape \(6, 4, 8\) has 3 axes"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(change, message):
+    with pytest.raises(scale.RankError, match=message):
+        scale.threads(lambda wire: scale.ring_attention(*shards(**change), wire), 2)
+
+
+def test_other_arguments_that_do_not_fit_are_named():
+    q, k, v = shards()
+    wire = ThreadWire(0, 1, [], 1.0)
+    with pytest.raises(ValueError, match=r"v: torch\.float64 on cpu, but q is torch\.float32 on cpu"):
+        scale.ring_attention(q, k, v.double(), wire)
+    with pytest.raises(ValueError, match="block_size=0"):
+        scale.ring_attention(q, k, v, wire, block_size=0)
+    with pytest.raises(ValueError, match="layout='round' is unknown"):
+        scale.ring_attention(q, k, v, wire, layout="round")
+
+
+def test_ulysses_needs_heads_to_share_out():
+    with pytest.raises(scale.RankError, match="k: 2 heads cannot be shared out to 4 ranks; use ring_attention"):
+        scale.threads(lambda wire: scale.ulysses_attention(*shards(), wire), 4)
+
+
+def test_ranks_that_pass_different_shapes_are_named():
+    def job(wire: scale.Wire) -> torch.Tensor:
+        width = 8 if wire.rank == 0 else 4
+        x = torch.zeros(1, 6, 2, width)
+        return scale.ring_attention(x, x, x, wire)
+
+    with pytest.raises(scale.RankError, match=r"on rank 1, but .* on rank 0; all ranks must pass the same"):
+        scale.threads(job, 2, time_limit_s=5)
+
+
+def test_ranks_that_pass_different_dtypes_are_named():
+    def job(wire: scale.Wire) -> torch.Tensor:
+        x = torch.zeros(1, 6, 2, 4, dtype=torch.bfloat16 if wire.rank else torch.float16)
+        return scale.ring_attention(x, x, x, wire)
+
+    with pytest.raises(scale.RankError, match=r"bfloat16.*all ranks must pass the same"):
+        scale.threads(job, 2, time_limit_s=5)
