@@ -1,0 +1,214 @@
+"""The experiment of the chapter ``circuits/chinchilla-mcq`` on its small models: behaviour, heads, ranks, label by label.
+
+A number of a claim is made from one value a seed; its interval runs from the lowest to the highest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from attnlab.circuits import chinchilla_mcq_runs as runs
+from attnlab.circuits.chinchilla_mcq import (
+    DirectEffects,
+    Sheet,
+    centred,
+    correct_letter_score,
+    direct_effects,
+    gold_matrix,
+    heads_above,
+    is_right,
+    label_attention,
+    label_logits,
+    restricted_loss,
+)
+from attnlab.circuits.metrics import Readout
+from attnlab.circuits.model import HookedLM
+from attnlab.circuits.pairs import Pair, Pairs
+from attnlab.circuits.subspaces import Subspaces, compress, fit_heads, random_subspace
+from attnlab.data.choices import CONDITIONS, FACTS, WORDS, Choices, choices
+
+PROMPTS = 400
+#: streams of prompts: those that subspaces are fitted on, and those that everything is measured on
+FIT, MEASURE = 11, 12
+RANDOM_DRAWS = 10
+
+
+@dataclass(frozen=True)
+class Small:
+    """One trained model and its prompts."""
+
+    family: str
+    seed: int
+    model: HookedLM
+
+    def drawn(self, condition: str, stream: int = MEASURE, n: int = PROMPTS) -> Choices:
+        """Prompts of one condition, right lines balanced; equal calls give equal prompts."""
+        made = runs.FAMILIES[self.family]
+        return choices(np.random.default_rng(stream), n, condition, made.options, balanced=True, layout=made.layout)
+
+    @cached_property
+    def sheets(self) -> dict[str, Sheet]:
+        """What is measured on, by condition."""
+        return {name: Sheet.of(self.drawn(name)) for name in CONDITIONS}
+
+    @cached_property
+    def matrix(self) -> np.ndarray:
+        """Attention to the labels on A to D in order, by right line, ``[L, H, k, k]``."""
+        return gold_matrix(label_attention(self.model, self.sheets["ABCD"]), self.sheets["ABCD"].gold)
+
+    @cached_property
+    def heads(self) -> list[str]:
+        """The correct-letter heads on A to D in order, the strongest first; chosen on prompts that are not measured on."""
+        sheet = Sheet.of(self.drawn("ABCD", FIT))
+        return heads_above(correct_letter_score(gold_matrix(label_attention(self.model, sheet), sheet.gold)))
+
+    @cached_property
+    def effects(self) -> DirectEffects:
+        """Direct effects on A to D in order."""
+        return direct_effects(self.model, self.sheets["ABCD"])
+
+    @cached_property
+    def subspaces(self) -> Subspaces:
+        """Queries, keys and values of the correct-letter heads on A to D in order, fitted on other prompts."""
+        return fit_heads(self.model, Sheet.of(self.drawn("ABCD", FIT)), self.heads)
+
+    def accuracy(
+        self, condition: str, subspaces: Subspaces | None = None, ranks: Mapping[str, int] | None = None
+    ) -> float:
+        """Percent right, with the correct-letter heads compressed if ``ranks`` are given."""
+        return 100 * float(is_right(self.logits(condition, subspaces, ranks), self.sheets[condition].gold).mean())
+
+    def logits(
+        self, condition: str, subspaces: Subspaces | None = None, ranks: Mapping[str, int] | None = None
+    ) -> Tensor:
+        """Logits of the labels ``[N, k]``, compressed likewise."""
+        sheet = self.sheets[condition]
+        chosen = self.subspaces if subspaces is None and ranks else subspaces
+        edits = compress(self.model, sheet, chosen, ranks) if chosen and ranks else ()
+        return label_logits(self.model, sheet, edits)
+
+    def lost(self, condition: str, ranks: Mapping[str, int], subspaces: Subspaces | None = None) -> float:
+        """Points of accuracy that compression costs."""
+        return self.accuracy(condition) - self.accuracy(condition, subspaces, ranks)
+
+    def random(self, seed: int) -> Subspaces:
+        """Random subspaces in place of the fitted ones."""
+        return {
+            head: {
+                part: random_subspace(space, 1000 * seed + number) for number, (part, space) in enumerate(parts.items())
+            }
+            for head, parts in self.subspaces.items()
+        }
+
+
+def load(family: str) -> list[Small]:
+    """The trained models of a family."""
+    models = runs.load_models(family)
+    return [
+        Small(family, seed, HookedLM(model.bridge(f"{family}-{seed}")))
+        for seed, model in zip(runs.SEEDS, models, strict=True)
+    ]
+
+
+def over_seeds(smalls: Sequence[Small], value: Callable[[Small], float]) -> dict[str, Any]:
+    """``value`` and ``interval`` for :func:`attnlab.claims.check`: mean, lowest and highest seed."""
+    values = [value(small) for small in smalls]
+    return {"value": float(np.mean(values)), "interval": (min(values), max(values))}
+
+
+def control(smalls: Sequence[Small], value: Callable[[Small], float]) -> tuple[float, tuple[float, float]]:
+    """The same as a control."""
+    found = over_seeds(smalls, value)
+    return found["value"], found["interval"]
+
+
+def share_of_heads(small: Small) -> float:
+    """Percent of the direct effect that the correct-letter heads write; 0 if there are none."""
+    return 100 * small.effects.share(small.heads) if small.heads else 0.0
+
+
+def share_of_any(small: Small) -> float:
+    """Percent that as many heads would write if all heads wrote alike."""
+    heads = [str(node) for node in small.model.spec.heads]
+    return 100 * small.effects.share(heads) * len(small.heads) / len(heads)
+
+
+def random_lost(small: Small, condition: str, ranks: Mapping[str, int]) -> list[float]:
+    """Points that random subspaces of the same ranks cost, one a draw."""
+    return [small.lost(condition, ranks, small.random(draw)) for draw in range(RANDOM_DRAWS)]
+
+
+def enough(small: Small, condition: str = "ABCD", parts: Sequence[str] = ("q", "k"), within: float = 2.0) -> int:
+    """The smallest rank from which on accuracy stays within some points of the whole head's."""
+    size = small.model.spec.d_head
+    for rank in range(size, -1, -1):
+        if small.lost(condition, dict.fromkeys(parts, rank)) > within:
+            return rank + 1
+    return 0
+
+
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "queries": ("q",),
+    "keys": ("k",),
+    "values": ("v",),
+    "queries and keys": ("q", "k"),
+    "all three": ("q", "k", "v"),
+}
+
+
+def rank_rows(small: Small, conditions: Sequence[str], ranks: Sequence[int]) -> list[dict[str, Any]]:
+    """Accuracy and loss against rank, one row a condition, part and rank."""
+    rows = []
+    for condition in conditions:
+        gold = small.sheets[condition].gold
+        for name, parts in PARTS.items():
+            for rank in ranks:
+                logits = small.logits(condition, None, dict.fromkeys(parts, rank))
+                rows.append(
+                    {
+                        "seed": small.seed,
+                        "condition": condition,
+                        "part": name,
+                        "rank": rank,
+                        "accuracy": 100 * float(is_right(logits, gold).mean()),
+                        "loss": float(restricted_loss(logits, gold).mean()),
+                    }
+                )
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------- total against direct
+
+
+def centred_logit(end: Readout) -> Tensor:
+    """A metric: logit of the right option minus the mean over all ``options`` of the pair, ``[R]``."""
+    return centred(end.logit(end.batch.options))[:, 0]  # the right one stands first
+
+
+def pairs_of(drawn: Choices, tokenizer: Any, name: str = "choices") -> Pairs:
+    """Each prompt beside one that asks for another of its lines: same lines and labels, another answer."""
+    made = []
+    for number, gold in enumerate(drawn.gold.tolist()):
+        words = drawn.words(number)
+        lines = drawn.labels.shape[1]
+        other = (gold + 1 + number % (lines - 1)) % lines
+        text = words[drawn.text_at[other]]
+        country = next(country for country, capital in FACTS if capital == text)
+        labels = [WORDS[token - 1] for token in drawn.labels[number]]
+        order = [gold, *(line for line in range(lines) if line != gold)]
+        made.append(
+            Pair(
+                " ".join(words),
+                " ".join([words[0], country, *words[2:]]),
+                [labels[gold]],
+                [labels[other]],
+                options=[labels[line] for line in order],
+            )
+        )
+    return Pairs(name, tokenizer, made)
