@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -117,16 +117,24 @@ class Forced:
         sums: which columns are partial sums (the others are separators), ``[F]``.
         changed: whether the final answer is another one, ``[N, F]``.
         carried: at partial sums, whether the answer moved by exactly the error that was forced, ``[N, F]``; False at separators.
+        wrong: the tokens that were forced, ``[N, F]``.
     """
 
     responses: Tensor
     sums: np.ndarray
     changed: np.ndarray
     carried: np.ndarray
+    wrong: np.ndarray
 
     def shares(self, sums: bool) -> np.ndarray:
         """Changed answers of each problem in percent, over its partial sums or over its separators, ``[N]``."""
         return np.asarray(100 * self.changed[:, self.sums == sums].mean(1))
+
+    def by_word(self) -> dict[str, float]:
+        """Changed answers in percent by what stood where a separator belongs."""
+        wrong, changed = (table[:, ~self.sums] for table in (self.wrong, self.changed))
+        kinds = {"a digit": wrong < chains.ZERO + 10, "+": wrong == chains.PLUS, "=": wrong == chains.EQUALS}
+        return {kind: float(100 * changed[here].mean()) for kind, here in kinds.items() if here.any()}
 
 
 def force_words(model: nn.Module, problems: chains.Sums, seed: int = 0) -> Forced:
@@ -143,16 +151,17 @@ def force_words(model: nn.Module, problems: chains.Sums, seed: int = 0) -> Force
     sums = columns % 2 == 0
     rng = np.random.default_rng(seed)
     changed, carried = (np.zeros((len(prompts), len(columns)), dtype=bool) for _ in range(2))
+    forced = np.zeros((len(prompts), len(columns)), dtype=np.int64)
     for at in columns:
         told = responses[:, at].numpy()
-        wrong = _other_digit(rng, told) if sums[at] else _other_word(rng, told)
+        forced[:, at] = wrong = _other_digit(rng, told) if sums[at] else _other_word(rng, told)
         start = torch.cat([prompts, responses[:, :at], torch.as_tensor(wrong)[:, None]], 1)
         rest, _ = rollout(model, start, length - at - 1, 0.0)
         after = chains.answer_of(torch.cat([start[:, prompts.shape[1] :], rest], 1))
         changed[:, at] = after != before
         if sums[at]:
             carried[:, at] = (after > 0) & ((after - before - wrong + told) % 10 == 0)
-    return Forced(responses, sums, changed, carried)
+    return Forced(responses, sums, changed, carried, forced)
 
 
 def _other_digit(rng: np.random.Generator, told: np.ndarray) -> np.ndarray:
@@ -182,19 +191,33 @@ def auc(scores: np.ndarray, positive: np.ndarray) -> float:
     return float(((gap > 0) + 0.5 * (gap == 0)).mean())
 
 
-def anchor_scores(model: WordModel, problems: chains.Sums, responses: Tensor, settings: Credit = CREDIT) -> np.ndarray:
-    """FAI of every token of the responses, ``[N, R]``, over the heads of all layers; groups from these very responses."""
+def anchor_scores(
+    model: WordModel,
+    problems: chains.Sums,
+    responses: Tensor,
+    horizon: tuple[int, int | None] = CREDIT.horizon,
+    group: Literal["local", "global"] = "global",
+) -> np.ndarray:
+    """FAI of every token of the responses, ``[N, R]``, from the heads of all layers; groups from these very responses.
+
+    ``group="local"`` asks the heads that look near instead, as the paper does not.
+    """
     start = problems.prompts.shape[1]
     tokens = torch.cat([torch.as_tensor(problems.prompts), responses], 1)
     reader = MapReader.of_words(model, range(len(model.network.transformer.h)))
     reader.calibrate(model, tokens, start)
-    _, far, _ = reader.read(model, tokens)
-    return rhythm.fai(far, start, settings.horizon)[:, start:].double().numpy()
+    local, far, _ = reader.read(model, tokens)
+    return rhythm.fai(local if group == "local" else far, start, horizon)[:, start:].double().numpy()
 
 
-def uniform_scores(start: int, length: int, settings: Credit = CREDIT) -> np.ndarray:
+def uniform_scores(start: int, length: int, horizon: tuple[int, int | None] = CREDIT.horizon) -> np.ndarray:
     """FAI of every token of a response, ``[R]``, when all attention is uniform over the past."""
-    return rhythm.fai(rhythm.uniform_maps(start + length), start, settings.horizon)[start:].numpy()
+    return rhythm.fai(rhythm.uniform_maps(start + length), start, horizon)[start:].numpy()
+
+
+def areas(scores: np.ndarray, sums: np.ndarray) -> np.ndarray:
+    """Area under the curve of each problem's scores ``[N, R]`` for 'is a partial sum', over the first ``len(sums)`` tokens; ``[N]``."""
+    return np.array([auc(row[: len(sums)], sums) for row in np.atleast_2d(scores)])
 
 
 # --------------------------------------------------------------------------------------------------------------- credit
