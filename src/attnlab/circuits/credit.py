@@ -101,10 +101,10 @@ def weights(rule: str, waad: Tensor, fai: Tensor, settings: Credit, **extra: Any
     waad, fai = waad.detach(), fai.detach()
     if rule == "uniform":
         return torch.ones_like(waad)
-    return 1 + (settings.amplify - 1) * _chosen(rule, waad, fai, settings, **extra).to(waad)
+    return 1 + (settings.amplify - 1) * extra_credit(rule, waad, fai, settings, **extra).to(waad)
 
 
-def _chosen(rule: str, waad: Tensor, fai: Tensor, settings: Credit, **extra: Any) -> Tensor:
+def extra_credit(rule: str, waad: Tensor, fai: Tensor, settings: Credit, **extra: Any) -> Tensor:
     """Of every token, which share of the extra credit it gets: all or nothing, but for the coupled rule."""
     if rule == "random":
         noise = torch.rand(waad.shape, generator=extra["generator"])  # drawn on the CPU: the same on every device
