@@ -149,11 +149,11 @@ def direct_effects(model: HookedLM, sheet: Sheet) -> DirectEffects:
 # ---------------------------------------------------------------------------------------------------- where heads look
 
 
-def label_attention(model: HookedLM, sheet: Sheet, at: Tensor | None = None) -> np.ndarray:
+def label_attention(model: HookedLM, sheet: Sheet, at: Tensor | None = None, edits: Sequence[Edit] = ()) -> np.ndarray:
     """Attention of every head from END to each label, ``[L, H, N, k]``; or to the positions ``at`` [N, k]."""
     where = (sheet.label_at if at is None else at).to(model.device)
     with torch.no_grad():
-        pattern = model.run(sheet.tokens, capture=("pattern",)).stack("pattern")[:, :, :, -1]  # [L, N, H, T]
+        pattern = model.run(sheet.tokens, edits, capture=("pattern",)).stack("pattern")[:, :, :, -1]  # [L, N, H, T]
     index = where[None, :, None].expand(len(pattern), -1, pattern.shape[2], -1)
     return pattern.gather(-1, index).transpose(1, 2).double().cpu().numpy()
 

@@ -35,20 +35,21 @@ HELD_OUT = 20230718
 
 @dataclass(frozen=True)
 class Family:
-    """Small models that see the same prompts: ``mixture`` of labels by weight, ``options``, ``layout``, ``steps`` updates."""
+    """Small models that see the same prompts: ``mixture`` of labels by weight, ``options``, ``layout``, ``steps`` updates, ``seeds``."""
 
     mixture: Mapping[str, float]
     options: int = 4
     layout: str = "lines"
     steps: int = 2500
+    seeds: tuple[int, ...] = SEEDS
 
 
 MIXTURE: Mapping[str, float] = {"ABCD": 0.4, "shuffled": 0.2, "random": 0.4}
 FAMILIES: Mapping[str, Family] = {
     "lines": Family(MIXTURE),
-    "order": Family({"ABCD": 1.0}, steps=800),
+    "order": Family({"ABCD": 1.0}, steps=600),
     "list": Family(MIXTURE, layout="list"),
-    "eight": Family(MIXTURE, options=8, layout="list"),
+    "eight": Family(MIXTURE, options=8, layout="list", steps=2000, seeds=(0,)),
 }
 
 
@@ -95,7 +96,7 @@ def train(folder: Path, commit: str, families: Sequence[str] = tuple(FAMILIES)) 
     rows: list[dict[str, Any]] = list(before.rows) if before else []
     for name in families:
         family = FAMILIES[name]
-        for seed in SEEDS:
+        for seed in family.seeds:
             path = model_path(name, seed, folder)
             if path.is_file() and any(row["file"] == path.name and row["sha256"] == digest(path) for row in rows):
                 continue
@@ -137,7 +138,7 @@ def load_models(family: str, folder: Path = MODELS) -> list[WordModel]:
     """
     if family not in FAMILIES:
         raise ValueError(f"family: {', '.join(FAMILIES)} are known, not {family!r}")
-    paths = [model_path(family, seed, folder) for seed in SEEDS]
+    paths = [model_path(family, seed, folder) for seed in FAMILIES[family].seeds]
     if missing := [path.name for path in paths if not path.is_file()]:
         raise ValueError(f"family: {missing[0]} is not in {folder.name}; make it with {MODULE} --train records/models")
     return [WordModel.load(path) for path in paths]

@@ -97,6 +97,23 @@ class Small:
         """Points of accuracy that compression costs."""
         return self.accuracy(condition) - self.accuracy(condition, subspaces, ranks)
 
+    def matrices(
+        self, condition: str, subspaces: Subspaces | None = None, ranks: Mapping[str, int] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Where each correct-letter head looks, by right line ``[k, k]``, compressed likewise."""
+        sheet = self.sheets[condition]
+        chosen = self.subspaces if subspaces is None else subspaces
+        edits = compress(self.model, sheet, chosen, ranks) if ranks else ()
+        found = gold_matrix(label_attention(self.model, sheet, edits=edits), sheet.gold)
+        return {head: found[tuple(map(int, head.split(".")))] for head in self.heads}
+
+    def score(
+        self, condition: str, subspaces: Subspaces | None = None, ranks: Mapping[str, int] | None = None
+    ) -> float:
+        """Mean correct-letter score of the correct-letter heads."""
+        found = self.matrices(condition, subspaces, ranks).values()
+        return float(np.mean([correct_letter_score(matrix) for matrix in found]))
+
     def random(self, seed: int) -> Subspaces:
         """Random subspaces in place of the fitted ones."""
         return {
@@ -112,7 +129,7 @@ def load(family: str) -> list[Small]:
     models = runs.load_models(family)
     return [
         Small(family, seed, HookedLM(model.bridge(f"{family}-{seed}")))
-        for seed, model in zip(runs.SEEDS, models, strict=True)
+        for seed, model in zip(runs.FAMILIES[family].seeds, models, strict=True)
     ]
 
 
@@ -178,6 +195,7 @@ def rank_rows(small: Small, conditions: Sequence[str], ranks: Sequence[int]) -> 
                         "rank": rank,
                         "accuracy": 100 * float(is_right(logits, gold).mean()),
                         "loss": float(restricted_loss(logits, gold).mean()),
+                        "score": small.score(condition, None, dict.fromkeys(parts, rank)),
                     }
                 )
     return rows

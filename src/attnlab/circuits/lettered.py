@@ -56,9 +56,7 @@ def lettered_examples(count: int = len(EXAMPLES)) -> str:
 
 def plain_examples(count: int = len(EXAMPLES)) -> str:
     """The same questions without options, to put before one that is asked by text."""
-    return "".join(
-        f"{question(country)}\nAnswer: {options[gold]}\n\n" for country, options, gold in EXAMPLES[:count]
-    )
+    return "".join(f"{question(country)}\nAnswer: {options[gold]}\n\n" for country, options, gold in EXAMPLES[:count])
 
 
 def questionnaire(
@@ -91,7 +89,9 @@ def questionnaire(
     return asked
 
 
-def sheets(tokenizer: Any, asked: Sequence[Asked], before: str = "", size: int = 40) -> Iterator[tuple[list[int], Sheet]]:
+def sheets(
+    tokenizer: Any, asked: Sequence[Asked], before: str = "", size: int = 40
+) -> Iterator[tuple[list[int], Sheet]]:
     """The prompts as sheets of one length each, with the numbers of their questions; nothing is padded.
 
     Raises:
@@ -111,14 +111,11 @@ def sheets(tokenizer: Any, asked: Sequence[Asked], before: str = "", size: int =
 def by_letter(model: HookedLM, asked: Sequence[Asked], before: str = "") -> Tensor:
     """Logits of the letters of each question, ``[N, k]``; the examples ``before`` run once."""
     result = torch.empty(len(asked), len(asked[0].labels))
+    prefix = _shared(model.tokenizer, [before + item.prompt for item in asked], before)
     with torch.no_grad():
-        prefix = torch.tensor([_tokens(model.tokenizer, before)]) if before else None
-        base = None if prefix is None else model.run(prefix)
-        first = 0 if prefix is None else prefix.shape[1]
+        base = model.run(torch.tensor([prefix])) if prefix else None
         for numbers, sheet in sheets(model.tokenizer, asked, before):
-            if prefix is not None and not bool((sheet.tokens[:, :first] == prefix).all()):
-                raise ValueError("before: its last token joins the question's first; end it with a line break")
-            run = model.run(sheet.tokens, base=base, first=first)
+            run = model.run(sheet.tokens, base=base, first=len(prefix))
             normed = model.readout(run.resid[model.spec.n_layers])
             result[numbers] = model.logits(normed, sheet.labels.to(normed.device)).cpu()
     return result
@@ -133,8 +130,8 @@ def by_text(model: HookedLM, asked: Sequence[Asked], before: str = "") -> Tensor
         start = _tokens(model.tokenizer, f"{before}{question(country)}\nAnswer:")
         whole = _tokens(model.tokenizer, f"{before}{question(country)}\nAnswer: {option}")
         encoded.append((whole, len(start)))
+    prefix = _shared(model.tokenizer, [f"{before}{question(item.country)}" for item in asked], before)
     with torch.no_grad():
-        prefix = _tokens(model.tokenizer, before) if before else []
         base = model.run(torch.tensor([prefix])) if prefix else None
         for numbers in _alike(encoded, size=40):
             tokens, begin = torch.tensor([encoded[i][0] for i in numbers]), encoded[numbers[0]][1]
@@ -147,6 +144,17 @@ def by_text(model: HookedLM, asked: Sequence[Asked], before: str = "") -> Tensor
                 for number, value in zip(numbers, logs.gather(1, target[:, None])[:, 0].tolist(), strict=True):
                     found[wanted[number]] = found.get(wanted[number], 0.0) + value / normed.shape[1]
     return torch.tensor([[found[item.country, option] for option in item.options] for item in asked])
+
+
+def _shared(tokenizer: Any, texts: Sequence[str], before: str) -> list[int]:
+    """Tokens that end inside ``before`` and begin every text; line breaks may join otherwise than they do at the end of a text."""
+    coded = tokenizer(texts[0], add_special_tokens=False, return_offsets_mapping=True)
+    shared = [
+        token for token, (_, end) in zip(coded["input_ids"], coded["offset_mapping"], strict=True) if end <= len(before)
+    ]
+    if any(_tokens(tokenizer, text)[: len(shared)] != shared for text in texts):
+        raise ValueError("before: its last token joins the question that follows; end it with a line break")
+    return shared
 
 
 def _alike(encoded: Sequence[tuple[list[int], int]], size: int) -> Iterator[list[int]]:
