@@ -1,16 +1,18 @@
 """What the chapter ``circuits/chinchilla-mcq`` keeps: small models that learn to answer by letter, and SmolLM2 taught to.
 
 ``python -m attnlab.circuits.chinchilla_mcq_runs --train records/models`` trains the small models (a CPU, about twenty minutes on
-one thread; models that are there already are left alone); ``--finetune records/chinchilla-mcq-finetune.json`` teaches SmolLM2.
+one thread; models that are there already are left alone). ``--finetune records/chinchilla-mcq-finetune.json`` teaches SmolLM2
+(``--device cuda`` in minutes; ``--seeds 0 --steps 120`` is what a CPU can do in a quarter of an hour).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ MIXTURE: Mapping[str, float] = {"ABCD": 0.4, "shuffled": 0.2, "random": 0.4}
 FAMILIES: Mapping[str, Family] = {
     "lines": Family(MIXTURE),
     "order": Family({"ABCD": 1.0}, steps=600),
-    "list": Family(MIXTURE, layout="list"),
+    "list": Family(MIXTURE, layout="list", seeds=(0, 1, 2, 3)),
     "eight": Family(MIXTURE, options=8, layout="list", steps=2000, seeds=(0,)),
 }
 
@@ -115,6 +117,7 @@ def train(folder: Path, commit: str, families: Sequence[str] = tuple(FAMILIES)) 
                     "parameters": sum(p.numel() for p in model.parameters()),
                     "file": path.name,
                     "sha256": digest(path),
+                    "commit": commit,
                     **measured,
                 }
             )
@@ -149,14 +152,117 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+# ------------------------------------------------------------------------------------------------------ SmolLM2 is taught
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """How SmolLM2 is taught: ``steps`` updates of ``batch`` questions, changes of rank ``rank`` in the layers from ``first_layer`` on."""
+
+    steps: int = 400
+    batch: int = 16
+    rank: int = 8
+    first_layer: int = 0
+    lr: float = 1e-3
+
+
+def finetune(path: Path, lesson: Lesson, seeds: Sequence[int], device: str, commit: str) -> None:
+    """Teach SmolLM2 to answer by letter and record accuracy and heads before and after, one row a seed; the changes are kept beside."""
+    rows: list[dict[str, Any]] = []
+    for seed in seeds:
+        row = finetune_one(
+            lesson, seed, device, keep=path.parent / "models" / f"chinchilla-mcq-smollm2-{seed}.safetensors"
+        )
+        rows.append(row)
+        command = f"{MODULE} --finetune records/{path.name} --seeds {' '.join(map(str, seeds))} --steps {lesson.steps}"
+        records.write(path, rows, sources=TAUGHT, command=f"{command} --device {device}", commit=commit)
+        print({key: row[key] for key in ("seed", "before", "after", "seconds", "heads")}, flush=True)
+
+
+def finetune_one(lesson: Lesson, seed: int, device: str, keep: Path | None = None) -> dict[str, Any]:
+    """One seed: teach, keep the change, and measure on countries that were never asked in training."""
+    from attnlab.circuits import lettered_tuning
+    from attnlab.models import smollm2
+
+    model, tokenizer = smollm2.load_model()
+    model = model.to(device)
+    taught, asked = lettered_tuning.split_facts(seed)
+    before = held_out_measures(model, tokenizer, asked)
+    lettered_tuning.attach(model, lesson.rank, lesson.first_layer, seed)
+    config = TrainConfig(
+        steps=lesson.steps, lr=lesson.lr, warmup=min(20, lesson.steps // 4), weight_decay=0.0, seed=seed
+    )
+    history = lettered_tuning.teach(model, tokenizer, taught, config, batch=lesson.batch, progress=sys.stderr.isatty())
+    row: dict[str, Any] = {"operator": "finetuning", "seed": seed, **asdict(lesson), "seconds": history.seconds}
+    row |= {"loss": history.final_loss(), "curve": history.loss, "asked": [country for country, _ in asked]}
+    if keep is not None:
+        keep.parent.mkdir(parents=True, exist_ok=True)
+        lettered_tuning.save_change(model, keep, asdict(lesson) | {"seed": seed})
+        row |= {"file": keep.name, "sha256": digest(keep)}
+    after = held_out_measures(lettered_tuning.merge(model), tokenizer, asked)
+    scores = np.array(after["scores"])
+    heads = [f"{layer}.{head}" for layer, head in np.argwhere(scores >= 0.3).tolist()]
+    return (
+        row
+        | {"before": before["accuracy"], "after": after["accuracy"], "heads": heads}
+        | {
+            "scores_before": before["scores"],
+            "scores_after": after["scores"],
+        }
+    )
+
+
+def held_out_measures(model: Any, tokenizer: Any, facts: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """``accuracy`` by kind of labels, ``[percent, low, high]`` over countries, and ``scores`` [L, H]: correct-letter scores."""
+    from attnlab.circuits import lettered
+    from attnlab.circuits.chinchilla_mcq import correct_letter_score, gold_matrix, is_right, label_attention
+    from attnlab.circuits.model import HookedLM
+    from attnlab.claims import bootstrap_mean
+    from attnlab.models.booting import boot, quiet
+
+    with quiet():
+        hooked = HookedLM(boot("smollm2-135m-instruct", copy.deepcopy(model), tokenizer))
+    result: dict[str, Any] = {"accuracy": {}}
+    for condition in ("ABCD", "shuffled", "random"):
+        asked = lettered.questionnaire(facts, condition=condition)
+        gold = torch.tensor([item.gold for item in asked])
+        by_country = 100 * is_right(lettered.by_letter(hooked, asked), gold).reshape(len(facts), -1).mean(1)
+        result["accuracy"][condition] = [float(by_country.mean()), *bootstrap_mean(by_country)]
+    asked = lettered.questionnaire(facts)
+    parts = [(numbers, label_attention(hooked, sheet)) for numbers, sheet in lettered.sheets(tokenizer, asked)]
+    attention = np.concatenate([part for _, part in parts], axis=2)
+    gold = [asked[i].gold for numbers, _ in parts for i in numbers]
+    result["scores"] = np.round(correct_letter_score(gold_matrix(attention, gold)), 3).tolist()
+    return result
+
+
+TAUGHT = (
+    "circuits/chinchilla_mcq_runs.py",
+    "circuits/lettered.py",
+    "circuits/lettered_tuning.py",
+    "models/training.py",
+)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--train", type=Path, help="folder to put the small models into")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="which of them")
+    parser.add_argument("--finetune", type=Path, help="record to write what SmolLM2 learns to")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="of the lessons")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to teach on")
+    for field in fields(Lesson):
+        kind = type(field.default)
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=f"{field.default} if left out"
+        )
     parser.add_argument("--commit", default="unknown", help="of the code, for the record")
     chosen = parser.parse_args(arguments)
     if chosen.train:
         train(chosen.train, chosen.commit, chosen.families)
+    if chosen.finetune:
+        lesson = Lesson(**{field.name: getattr(chosen, field.name) for field in fields(Lesson)})
+        finetune(chosen.finetune, lesson, chosen.seeds, chosen.device, chosen.commit)
 
 
 if __name__ == "__main__":

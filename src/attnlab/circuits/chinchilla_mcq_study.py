@@ -133,6 +133,15 @@ def load(family: str) -> list[Small]:
     ]
 
 
+#: percent right on random letters from which on a model counts as one that has learnt the task
+LEARNT = 90.0
+
+
+def learnt(smalls: Sequence[Small]) -> list[Small]:
+    """The models that can do the task; of the others there is no circuit to speak of."""
+    return [small for small in smalls if small.accuracy("random") > LEARNT]
+
+
 def over_seeds(smalls: Sequence[Small], value: Callable[[Small], float]) -> dict[str, Any]:
     """``value`` and ``interval`` for :func:`attnlab.claims.check`: mean, lowest and highest seed."""
     values = [value(small) for small in smalls]
