@@ -50,8 +50,12 @@ class HeadWrites:
             )
 
     def normalised(self) -> HeadWrites:
-        """Divided by the mean norm of a write: the L1 weight then means the same for every model."""
-        return replace(self, values=self.values / self.values.norm(dim=-1).mean())
+        """Divided by the root of the mean squared entry, so that a typical write has norm sqrt(d_model).
+
+        The loss averages squared errors over entries and sums activations: at norm 1 its L1 term would be sqrt(d_model) times
+        as heavy as at norm sqrt(d_model), and most features would die.
+        """
+        return replace(self, values=self.values / self.values.pow(2).mean().sqrt())
 
     def first(self, per_class: int) -> HeadWrites:
         """Only the first prompts of each class.
@@ -237,16 +241,19 @@ def mean_difference(writes: HeadWrites) -> np.ndarray:
     return (writes.values[side].mean(0) - writes.values[~side].mean(0)).norm(dim=-1).double().numpy()
 
 
-#: what a method is called, and how it scores heads from writes with m codes, n training prompts and a seed
-Method = Callable[[HeadWrites, int, int, int], np.ndarray]
-METHODS: dict[str, Method] = {
-    "SAE codes (paper)": lambda w, m, n, seed: unique_codes(sae_codes(w, m, n, seed).values, w.positive),
-    "SAE codes (standard)": lambda w, m, n, seed: unique_codes(
-        sae_codes(w, m, n, seed, kind="standard").values, w.positive
-    ),
-    "untrained encoder": lambda w, m, n, seed: unique_codes(sae_codes(w, m, n, seed, epochs=0).values, w.positive),
-    "k-means codes": lambda w, m, n, seed: unique_codes(kmeans_codes(w, m, n, seed).values, w.positive),
-    "mean difference": lambda w, m, n, seed: mean_difference(w),
+#: where codes come from: writes, features m, training prompts n and a seed to codes
+Encoder = Callable[[HeadWrites, int, int, int], Codes]
+ENCODERS: dict[str, Encoder] = {
+    "SAE (paper)": sae_codes,
+    "SAE (standard)": lambda writes, m, n, seed: sae_codes(writes, m, n, seed, kind="standard"),
+    "untrained encoder": lambda writes, m, n, seed: sae_codes(writes, m, n, seed, epochs=0),
+    "k-means": kmeans_codes,
+}
+#: what becomes of them: codes and classes to a score a head
+STATISTICS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "new codes": unique_codes,
+    "pairs": lambda codes, positive: head_counts(pair_scores(codes, positive)),
+    "information": lambda codes, positive: information_above_chance(codes, positive)[0],
 }
 
 

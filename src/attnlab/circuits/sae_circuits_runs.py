@@ -52,52 +52,61 @@ def small_truth(model: HookedLM, pairs: Pairs) -> tuple[Scores, np.ndarray]:
 def compare(
     writes: HeadWrites,
     truth: np.ndarray,
-    methods: Mapping[str, sae.Method] = sae.METHODS,
+    encoders: Sequence[str] = tuple(sae.ENCODERS),
+    statistics: Sequence[str] = tuple(sae.STATISTICS),
     *,
     m: int = SMALL_M,
     n: int = N,
     fits: Sequence[int] = FITS,
     **also: Any,
 ) -> list[dict[str, Any]]:
-    """One row a method and fit: ``impl, fit, auc, seconds`` (CPU seconds of scoring), and whatever is in ``also``."""
+    """One row an encoder, fit and statistic: ``impl, statistic, fit, auc, dead, seconds`` (CPU seconds of fit, codes and score)."""
     rows = []
-    for name, method in methods.items():
+    for name in encoders:
         for fit in fits:
             start = time.process_time()
-            scores = method(writes, m, n, fit)
-            seconds = time.process_time() - start
-            auc = roc(scores, truth).auc
-            rows.append({"impl": name, "fit": fit, "auc": auc, "seconds": seconds, "m": m, "n": n, **also})
+            codes = sae.ENCODERS[name](writes, m, n, fit)
+            coded = time.process_time() - start
+            for statistic in statistics:
+                start = time.process_time()
+                scores = sae.STATISTICS[statistic](codes.values, writes.positive)
+                made = {"impl": name, "statistic": statistic, "fit": fit, "m": m, "n": n, "dead": codes.dead}
+                seconds = coded + time.process_time() - start
+                rows.append({**made, "auc": roc(scores, truth).auc, "seconds": seconds, **also})
     return rows
 
 
-def attribution_row(model: HookedLM, pairs: Pairs, truth: np.ndarray, **also: Any) -> dict[str, Any]:
+def difference_row(writes: HeadWrites, truth: np.ndarray, **also: Any) -> dict[str, Any]:
+    """The mean difference as a row of :func:`compare`; it needs no fit."""
+    start = time.process_time()
+    scores = sae.mean_difference(writes)
+    seconds = time.process_time() - start
+    made = {"impl": "mean difference", "statistic": "distance", "fit": 0}
+    return {**made, "auc": roc(scores, truth).auc, "seconds": seconds, **also}
+
+
+def attribution_row(lm: HookedLM, pairs: Pairs, truth: np.ndarray, **also: Any) -> dict[str, Any]:
     """The gradient's answer, two forwards and a backward for all heads, as a row of :func:`compare`."""
     start = time.process_time()
-    scores = attribution_patch(model, pairs, metric=log_odds)
+    scores = attribution_patch(lm, pairs, metric=log_odds)
     seconds = time.process_time() - start
-    auc = roc(np.abs(scores.values), truth).auc
-    return {"impl": "attribution patching", "fit": 0, "auc": auc, "seconds": seconds, **also}
+    made = {"impl": "attribution patching", "statistic": "gradient", "fit": 0}
+    return {**made, "auc": roc(np.abs(scores.values), truth).auc, "seconds": seconds, **also}
 
 
 def scored_prompts(
     writes: HeadWrites, truth: np.ndarray, pairs: Sequence[int] = SCORED_PAIRS, fits: Sequence[int] = FITS, **also: Any
 ) -> list[dict[str, Any]]:
-    """AUC of both statistics of the same codes when only the first pairs are scored: ``impl, fit, pairs, auc``."""
+    """AUC of both statistics of the same codes when only the first pairs are scored: ``statistic, fit, pairs, auc``."""
     rows = []
     for fit in fits:
         codes = sae.sae_codes(writes, SMALL_M, N, fit).values
         for count in pairs:
             kept = np.concatenate([np.flatnonzero(side)[:count] for side in (writes.positive, ~writes.positive)])
             few, side = codes[kept], writes.positive[kept]
-            scores = {
-                "new codes": sae.unique_codes(few, side),
-                "mutual information": sae.information_above_chance(few, side)[0],
-            }
-            rows += [
-                {"impl": name, "fit": fit, "pairs": count, "auc": roc(values, truth).auc, **also}
-                for name, values in scores.items()
-            ]
+            for statistic in ("new codes", "information"):
+                auc = roc(sae.STATISTICS[statistic](few, side), truth).auc
+                rows.append({"statistic": statistic, "fit": fit, "pairs": count, "auc": auc, **also})
     return rows
 
 
@@ -108,9 +117,9 @@ def training_prompts(
     fits: Sequence[int] = FITS,
     **also: Any,
 ) -> list[dict[str, Any]]:
-    """AUC of the paper's score by how many prompts the autoencoder was trained on; all prompts are scored."""
-    chosen = {name: sae.METHODS[name] for name in ("SAE codes (paper)", "untrained encoder")}
-    return [row for n in counts for row in compare(writes, truth, chosen, n=n, fits=fits, **also)]
+    """AUC of both statistics by how many prompts the autoencoder was trained on; all prompts are scored."""
+    both = ("new codes", "information")
+    return [row for n in counts for row in compare(writes, truth, ("SAE (paper)",), both, n=n, fits=fits, **also)]
 
 
 # ---------------------------------------------------------------------------------------------------------- verdicts
@@ -144,19 +153,18 @@ def chosen(rows: Iterable[Mapping[str, Any]], **wanted: Any) -> list[Mapping[str
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """One row a method: mean AUC, standard deviation over fits, lowest and highest mean of a model, CPU seconds."""
+    """One row a method: mean AUC, lowest and highest mean of a model (or task), standard deviation over fits, CPU seconds."""
     import pandas as pd
 
     out = {}
-    for name in dict.fromkeys(row["impl"] for row in rows):
-        mine = chosen(rows, impl=name)
+    for impl, statistic in dict.fromkeys((row["impl"], row["statistic"]) for row in rows):
+        mine = chosen(rows, impl=impl, statistic=statistic)
         means = list(mean_auc(mine).values())
-        several = len({row["fit"] for row in mine}) > 1
-        out[name] = {
+        out[f"{impl}, {statistic}"] = {
             "mean AUC": np.mean(means),
-            "sd over fits": spread(mine) if several else 0.0,
-            "lowest model": min(means),
-            "highest model": max(means),
+            "lowest": min(means),
+            "highest": max(means),
+            "sd over fits": spread(mine) if len({row["fit"] for row in mine}) > 1 else np.nan,
             "CPU seconds": np.mean([row["seconds"] for row in mine]),
         }
     return pd.DataFrame.from_dict(out, orient="index")
@@ -193,39 +201,37 @@ def real_rows(
         "log odds clean": float(exact.base.mean()),
         "log odds corrupt": float((exact.base + exact.gap).mean()),
         "above zero": float((exact.base > 0).mean()),
-        "heads": {str(node): exact.of(node) for node in exact.top(COUNT)},
+        "heads": {str(node): exact.of(node) for node in exact.top(2 * COUNT)},
         "exact seconds": exact_seconds,
         "writes seconds": writes_seconds,
     }
     also: dict[str, Any] = {"case": "real", "model": task}
     rows = [behaviour, *compare(writes, truth, m=m, fits=fits, pool="mean", **also)]
-    rows.append(attribution_row(model, pairs, truth, pool="mean", **also))
-    few = {name: sae.METHODS[name] for name in ("SAE codes (paper)", "untrained encoder", "mean difference")}
+    rows += [
+        difference_row(writes, truth, pool="mean", **also),
+        attribution_row(model, pairs, truth, pool="mean", **also),
+    ]
     for pool, other in others.items():
-        rows += compare(other.normalised(), truth, few, m=m, fits=fits[:1], pool=pool, **also)
+        scaled = other.normalised()
+        few = ("SAE (paper)", "untrained encoder")
+        rows += compare(scaled, truth, few, m=m, fits=fits[:1], pool=pool, **also)
+        rows.append(difference_row(scaled, truth, pool=pool, **also))
     return rows
 
 
 def real_claims(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows of the ledger for the real model: how well, and how fast."""
     mean = chosen(rows, case="real", pool="mean")
-    ours = chosen(mean, impl="SAE codes (paper)")
-    untrained, plain = (mean_auc(chosen(mean, impl=name)) for name in ("untrained encoder", "mean difference"))
+    ours = chosen(mean, impl="SAE (paper)", statistic="new codes")
+    untrained = mean_auc(chosen(mean, impl="untrained encoder", statistic="new codes"))
+    plain = mean_auc(chosen(mean, impl="mean difference"))
     best = {task: max(untrained[task], plain[task]) for task in untrained}
-    found = [
-        dict(
-            claims.measure(
-                "sae-circuits/real-model",
-                **gain(mean_auc(ours), best),
-                controls={"spread": spread(ours)},
-                origin="record",
-            )
-        )
-    ]
+    quality = gain(mean_auc(ours), best)
+    judged = claims.measure("sae-circuits/real-model", **quality, controls={"spread": spread(ours)}, origin="record")
     ioi = chosen(rows, case="behaviour", model="IOI")[0]
     ratios = [(ioi["writes seconds"] + row["seconds"]) / ioi["exact seconds"] for row in ours if row["model"] == "IOI"]
     value, interval = float(np.median(ratios)), (min(ratios), max(ratios))
-    return [*found, dict(claims.measure("sae-circuits/seconds", value, interval=interval, origin="record"))]
+    return [dict(judged), dict(claims.measure("sae-circuits/seconds", value, interval=interval, origin="record"))]
 
 
 def small_rows(fits: Sequence[int] = FITS, folder: Path | None = None) -> list[dict[str, Any]]:
@@ -236,7 +242,7 @@ def small_rows(fits: Sequence[int] = FITS, folder: Path | None = None) -> list[d
         _, truth = small_truth(model, pairs)
         writes = sae.head_writes(model, pairs)["mean"].normalised()
         rows += training_prompts(writes, truth, fits=fits, case="training prompts", model=seed)
-    ours = chosen(rows, impl="SAE codes (paper)")
+    ours = chosen(rows, statistic="new codes")
     few, many = (chosen(ours, n=n) for n in (TRAINING_PROMPTS[0], TRAINING_PROMPTS[-1]))
     judged = claims.measure(
         "sae-circuits/more-training-prompts",
@@ -291,7 +297,7 @@ def write_record(path: Path, commit: str, device: str = "cpu") -> None:
     for task, pairs in real_tasks(model.tokenizer).items():
         rows += real_rows(model, task, pairs)
         keep()
-        print(task, {row["impl"]: round(row["auc"], 3) for row in chosen(rows, model=task, pool="mean")}, flush=True)
+        print(task, table(chosen(rows, model=task, pool="mean")).to_string(), flush=True)
     rows += real_claims(rows)
     keep()
     rows += small_rows()
