@@ -53,8 +53,8 @@ def all_spans(model: HookedLM, answers: Sequence[Answer]) -> tuple[dict[str, Ten
 
         def note(layer: int, maps: Tensor, start: int = start, columns: list[int] = columns) -> None:
             nonlocal first
-            spans["kept"][layer] += rhythm.head_spans(maps, start)
-            spans["removed"][layer] += rhythm.head_spans(rhythm.without_columns(maps, columns), start)
+            spans["kept"][layer] += rhythm.head_spans(maps, start).cpu()
+            spans["removed"][layer] += rhythm.head_spans(rhythm.without_columns(maps, columns), start).cpu()
             first += float(maps[:, start:, 0].mean()) / (spec.n_layers * len(answers))
 
         each_layer(model, _tokens(answer), note)
@@ -87,7 +87,10 @@ def read_answer(model: HookedLM, answer: Answer, groups: Mapping[str, rhythm.Gro
     """One forward pass over problem and answer: both group means and the entropies, for each treatment of the sink in ``groups``."""
     start, columns = len(answer.prompt), template_columns(model.tokenizer, answer)
     tokens = _tokens(answer)
-    sums = {sink: [torch.zeros(tokens.shape[1], tokens.shape[1]) for _ in range(2)] for sink in groups}
+    blank = torch.zeros(
+        tokens.shape[1], tokens.shape[1], dtype=next(model.bridge.parameters()).dtype, device=model.device
+    )
+    sums = {sink: [blank.clone(), blank.clone()] for sink in groups}
 
     def add(layer: int, maps: Tensor) -> None:
         for sink, pair in groups.items():
@@ -105,7 +108,7 @@ def read_answer(model: HookedLM, answer: Answer, groups: Mapping[str, rhythm.Gro
         "prediction": rhythm.token_entropy(logits, "prediction")[1:].double().numpy(),
     }
     words = [model.tokenizer.decode([token]) for token in answer.response]
-    return {sink: Reading(words, start, local, far, entropy) for sink, (local, far) in sums.items()}
+    return {sink: Reading(words, start, local.cpu(), far.cpu(), entropy) for sink, (local, far) in sums.items()}
 
 
 def each_layer(model: HookedLM, tokens: Tensor, note: Callable[[int, Tensor], None]) -> Tensor:
