@@ -11,7 +11,7 @@ import torch
 
 from attnlab import scale
 from attnlab.scale import demo
-from attnlab.scale.__main__ import every_form, main
+from attnlab.scale.__main__ import main
 from attnlab.scale.wire import ThreadWire
 
 JOBS = """
@@ -52,7 +52,7 @@ def jobs(tmp_path, monkeypatch):
 
 def test_two_processes_compute_what_one_does():
     problem = demo.Problem(length=64, heads=4, kv_heads=2, width=8)
-    for rows in scale.processes(every_form, 2, problem, 1, time_limit_s=90):
+    for rows in scale.processes(demo.every_form, 2, problem, 1, time_limit_s=90):
         assert len(rows) == 9
         for row in rows:
             assert max(row["error"], row["gradient error"]) < 1e-10
@@ -86,6 +86,34 @@ def test_numbers_that_start_nothing_are_refused(start):
         start(print, 0)
     with pytest.raises(ValueError, match="time_limit_s=0 must be positive"):
         start(print, 2, time_limit_s=0)
+
+
+def test_a_job_that_no_process_could_import_is_refused():
+    with pytest.raises(ValueError, match=r"job=.*lambda.* cannot be imported by a new process; .* scale.threads"):
+        scale.processes(lambda wire: wire.rank, 2)
+
+
+def test_the_command_starts_its_own_processes():
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "attnlab.scale",
+            "--length",
+            "32",
+            "--heads",
+            "2",
+            "--width",
+            "4",
+            "--dtype",
+            "bfloat16",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("zigzag") == 3
 
 
 def test_outside_torchrun_there_is_nothing_to_join(monkeypatch):

@@ -15,16 +15,9 @@ import torch
 
 from attnlab.scale import demo, launch
 from attnlab.scale.layouts import LAYOUTS, positions
-from attnlab.scale.traffic import METHODS
-from attnlab.scale.wire import Wire
 
 #: largest accepted relative difference to float64 on one process; sums are taken in float32, or in float64 for float64
 LIMITS = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-2}
-
-
-def every_form(wire: Wire, problem: demo.Problem, repeats: int = 3) -> list[dict[str, Any]]:
-    """:func:`attnlab.scale.demo.compare` for each method with each layout."""
-    return [demo.compare(wire, method, layout, problem, repeats) for method in METHODS for layout in LAYOUTS]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,9 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if "RANK" in os.environ:
             with launch.joined(chosen.time_limit) as wire:
-                rows, first = every_form(wire, problem), wire.rank == 0
+                rows, first = demo.every_form(wire, problem), wire.rank == 0
         else:
-            rows, first = launch.processes(every_form, ranks, problem, time_limit_s=chosen.time_limit)[0], True
+            rows, first = launch.processes(demo.every_form, ranks, problem, time_limit_s=chosen.time_limit)[0], True
     except (launch.RankError, TimeoutError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnlab.scale.attention import gathered_attention, ring_attention, ulysses_attention
-from attnlab.scale.layouts import Layout, shard
-from attnlab.scale.traffic import Method, bytes_sent
+from attnlab.scale.layouts import LAYOUTS, Layout, shard
+from attnlab.scale.traffic import METHODS, Method, bytes_sent
 from attnlab.scale.wire import Wire
 
 FORMS = {"ring": ring_attention, "ulysses": ulysses_attention, "gathered": gathered_attention}
@@ -89,6 +89,11 @@ def compare(wire: Wire, method: Method, layout: Layout, problem: Problem, repeat
             for x, y in zip(found[parts], wanted, strict=True)
         )
     return row
+
+
+def every_form(wire: Wire, problem: Problem, repeats: int = 3) -> list[dict[str, Any]]:
+    """:func:`compare` for each method with each layout."""
+    return [compare(wire, method, layout, problem, repeats) for method in METHODS for layout in LAYOUTS]
 
 
 def _once(

@@ -44,9 +44,10 @@ def processes(
     Raises:
         RankError: a rank raised or was killed; the others are ended.
         TimeoutError: a rank was not done in time; all are ended.
-        ValueError: fewer than one rank, or a limit that is no time.
+        ValueError: fewer than one rank, a limit that is no time, or a job that a new process could not import.
     """
     _check(ranks, time_limit_s)
+    _check_importable(job)
     deadline = time.monotonic() + time_limit_s
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="attnlab-ranks-") as folder:
@@ -152,7 +153,7 @@ def _collect(running: list[Any], pipes: list[Connection], deadline: float) -> tu
             try:
                 good, what = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
             except EOFError:  # it ended without a word
-                running[rank].join(timeout=GRACE_S)
+                running[rank].join(timeout=10 * GRACE_S)  # the interpreter is on its way out
                 good, what = False, _ending(running[rank].exitcode)
             (results if good else failures)[rank] = what
             if not good:
@@ -164,6 +165,16 @@ def _ending(code: int | None) -> str:
     if code is not None and code < 0:
         return f"was killed by {signal.Signals(-code).name} (out of memory, if nobody sent it)"
     return f"ended with exit code {code} before it had a result"
+
+
+def _check_importable(job: Callable[..., Any]) -> None:
+    module, name = getattr(job, "__module__", None), getattr(job, "__qualname__", "<object>")
+    in_notebook = module == "__main__" and not hasattr(sys.modules["__main__"], "__file__")
+    if module is None or "<" in name or in_notebook:
+        raise ValueError(
+            f"job={module}.{name} cannot be imported by a new process; define it at the top of a module, "
+            "or run it on threads with scale.threads"
+        )
 
 
 def _check(ranks: int, time_limit_s: float) -> None:
