@@ -28,7 +28,7 @@ from attnlab.lab import progress
 Shares = NDArray[np.float64]  # [..., L, H]
 
 TOP_SHARE = 0.25  # of all edges: 200 of the 802 of three layers of eight heads
-TAU = 0.02  # share of the importance from which on a head counts; 24 equal heads would have 0.042 each
+TAU = 0.03  # share of the importance from which on a head counts; 24 equal heads would have 0.042 each
 TAUS = (0.01, 0.015, 0.02, 0.025, 0.03, 0.035, 0.04, 0.045, 0.05)
 IG_STEPS = 5
 EPSILON = 1e-6
@@ -203,8 +203,8 @@ class Timeline:
     def of(cls, row: dict[str, Any]) -> Timeline:
         """Back from JSON."""
         reward = np.array([np.nan if x is None else x for x in row["reward"]])
-        arrays = [np.array(row[name]) for name in ("shares", "right", "kl", "distance")]
-        return cls(row["impl"], list(row["updates"]), *arrays, reward)
+        shares, right, kl, distance = (np.array(row[name]) for name in ("shares", "right", "kl", "distance"))
+        return cls(row["impl"], list(row["updates"]), shares, right, kl, distance, reward)
 
 
 def timeline(
