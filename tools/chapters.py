@@ -37,6 +37,11 @@ class Chapter:
         return self.name.rsplit("/", 1)[-1]
 
     @property
+    def is_explorer(self) -> bool:
+        """A workspace of the folder ``explore``: it has no paper, so no claims, no exercises and no module of its own."""
+        return self.name.startswith("explore/")
+
+    @property
     def path(self) -> Path:
         return ROOT / "notebooks" / f"{self.name}.ipynb"
 

@@ -27,6 +27,9 @@ from attnlab import lab
 
 lab.setup("{slug}")"""
 
+#: that of an explorer, which names itself since it has no paper
+EXPLORER_CELL = FIRST_CELL.replace('lab.setup("{slug}")', 'lab.setup("{slug}", "{title}")')
+
 SECTIONS = [
     "# {headline}\n\n**By the end you can ...** (what the reader will be able to do)\n\n(One paragraph: the idea.)",
     None,  # the first code cell stands here, then the figure that shows the mechanism at work

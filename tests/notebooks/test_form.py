@@ -9,7 +9,7 @@ import pytest
 
 from attnlab import exercises, papers
 from tools.chapters import ROOT, Chapter, all_chapters
-from tools.new_chapter import FIRST_CELL
+from tools.new_chapter import EXPLORER_CELL, FIRST_CELL
 
 CHAPTERS = all_chapters()
 
@@ -33,7 +33,11 @@ def test_every_notebook_is_in_the_table_of_contents() -> None:
 
 
 def test_first_cell_is_the_same_in_all_chapters(chapter: Chapter) -> None:
-    assert chapter.code[0].rstrip() == FIRST_CELL.format(slug=chapter.slug)
+    if chapter.is_explorer:
+        title = chapter.notebook["metadata"]["attnlab"]["title"]
+        assert chapter.code[0].rstrip() == EXPLORER_CELL.format(slug=chapter.slug, title=title)
+    else:
+        assert chapter.code[0].rstrip() == FIRST_CELL.format(slug=chapter.slug)
 
 
 def test_sources_carry_no_outputs(chapter: Chapter) -> None:
@@ -48,8 +52,8 @@ def test_nothing_touches_the_path_or_hides_errors(chapter: Chapter) -> None:
 
 def test_slug_names_notebook_module_claims_exercises_and_test(chapter: Chapter) -> None:
     part = chapter.name.split("/")[0]
-    if part == "explore":
-        return
+    if chapter.is_explorer:
+        pytest.skip("an explorer has no paper")
     paper = papers.get(chapter.slug)
     assert paper.part == part
     expected = [
@@ -65,11 +69,13 @@ def test_facts_are_complete(chapter: Chapter) -> None:
     facts = chapter.notebook["metadata"]["attnlab"]
     assert facts["slug"] == chapter.slug
     assert facts["level"] in ("introductory", "intermediate", "advanced")
-    assert set(facts["minutes"]) == {"read", "run", "practise"}
+    assert set(facts["minutes"]) == {"read", "run"} | (set() if chapter.is_explorer else {"practise"})
     assert facts["gpu"] in ("no", "optional", "needed")
 
 
 def test_exercises_are_asked_hinted_and_solved(chapter: Chapter) -> None:
+    if chapter.is_explorer:
+        pytest.skip("an explorer asks nothing")
     text = text_of(chapter)
     for number in (1, 2, 3):
         assert f'exercises.check("{chapter.slug}/{number}"' in text
@@ -80,3 +86,10 @@ def test_exercises_are_asked_hinted_and_solved(chapter: Chapter) -> None:
 def test_every_figure_has_alternative_text(chapter: Chapter) -> None:
     for cell in chapter.code:
         assert cell.count("figures.show(") == cell.count("alt="), f"figures.show without alt in {cell[:80]!r}"
+
+
+def test_an_explorer_declares_nothing(chapter: Chapter) -> None:
+    if not chapter.is_explorer:
+        pytest.skip("a chapter does")
+    assert chapter.slug not in papers.all()
+    assert not re.search(r"claims\.check|exercises\.check", text_of(chapter))

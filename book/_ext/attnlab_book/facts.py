@@ -18,6 +18,8 @@ from attnlab_book.pages import LEDGER, LIVE, badge, citation, recorded
 LOGGER = logging.getLogger(__name__)
 FACTS = "attnlab_facts"
 MINUTES = ("read", "run", "practise")
+EXPLORE = "notebooks/explore/"
+"""Pages below this have no paper, so nothing to practise."""
 
 
 def read(app: Sphinx, doctree: nodes.document) -> None:
@@ -30,7 +32,8 @@ def read(app: Sphinx, doctree: nodes.document) -> None:
     if facts is None:
         return
     missing = [key for key in ("slug", "level", "minutes", "gpu") if key not in facts]
-    missing += [f"minutes.{key}" for key in MINUTES if key not in facts.get("minutes", {})]
+    wanted = MINUTES[:2] if page.startswith(EXPLORE) else MINUTES
+    missing += [f"minutes.{key}" for key in wanted if key not in facts.get("minutes", {})]
     if missing:
         LOGGER.warning("the notebook's metadata.attnlab lacks %s", ", ".join(missing), location=page)
         return
@@ -54,7 +57,7 @@ def strip(app: Sphinx, page: str, facts: dict[str, Any]) -> str:
     lines = [f'<p class="attnlab-paper">{citation(paper)}</p>'] if paper else []
     minutes = facts["minutes"]
     items = [escape(str(facts["level"]))]
-    items += [f"<b>{escape(str(minutes[key]))} min</b> to {key}" for key in MINUTES]
+    items += [f"<b>{escape(str(minutes[key]))} min</b> to {key}" for key in MINUTES if key in minutes]
     items.append(f"GPU {escape(str(facts['gpu']))}")
     lines.append("<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>")
     badges = _badges(app, page, facts["slug"])

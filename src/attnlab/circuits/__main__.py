@@ -25,12 +25,10 @@ from attnlab.circuits.model import HookedLM
 from attnlab.circuits.pair_files import PairFileError
 from attnlab.circuits.pairs import Pairs
 from attnlab.circuits.ungroup import ungrouped
-from attnlab.circuits.work import EdgeWork, EvaluationWork, HeadWork, Work
+from attnlab.circuits.work import SMOOTH, EdgeWork, EvaluationWork, HeadWork, Work
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 EDGE_METHODS, HEAD_METHODS = ("eap", "eap-ig"), ("attribution", "patch")
-#: metrics with a gradient; the others can only be patched exactly
-SMOOTH = ("logit_diff", "log_odds", "prob_diff", "log_prob")
 TINY = "tiny-random"
 
 

@@ -357,8 +357,13 @@ def _lengths(tokenizer: Any, clean: list[int], corrupt: list[int]) -> str:
 def _word_problem(tokenizer: Any, word: str) -> str:
     tokens = _tokens(tokenizer, word)
     if len(tokens) == 1:
-        unknown = tokens[0] == tokenizer.unk_token_id and word.strip() != tokenizer.unk_token
-        return f"{word!r} is not in the model's vocabulary; choose another word" if unknown else ""
+        read = tokenizer.decode(tokens).strip()
+        unknown = read.casefold() != word.strip().casefold()  # a tokenizer of whole words reads what it lacks as <unk>
+        return (
+            f"{word!r} is not in the model's vocabulary, which reads it as {read!r}; choose another word"
+            if unknown
+            else ""
+        )
     pieces = ", ".join(repr(tokenizer.decode([token])) for token in tokens) or "none"
     other = f" {word}" if not word.startswith(" ") else word.strip()
     hint = f"; {other!r} would be one" if other and _single(tokenizer, other) else "; choose another word"

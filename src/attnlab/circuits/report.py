@@ -155,11 +155,11 @@ class Report:
         return "\n".join(lines)
 
 
-def write(out: Path, text: str) -> None:
+def write(out: Path, content: str | bytes) -> None:
     """Write a file whole or not at all."""
     half = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
-        half.write_text(text, encoding="utf-8")
+        half.write_bytes(content.encode() if isinstance(content, str) else content)
         half.replace(out)
     finally:
         half.unlink(missing_ok=True)

@@ -29,6 +29,8 @@ from attnlab.circuits.scores import Scores
 State = dict[str, np.ndarray]
 #: rows x tokens of one sweep of exact patching here: a step then lasts about a second on two cores
 TOKENS_A_STEP = 4096
+#: metrics with a gradient; the others can only be patched exactly
+SMOOTH = ("logit_diff", "log_odds", "prob_diff", "log_prob")
 #: how many heads a curve over head lists keeps
 HEAD_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 
