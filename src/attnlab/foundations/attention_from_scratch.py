@@ -50,7 +50,13 @@ def masked_softmax(s: Tensor, mask: Tensor) -> Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale: float | None = None, bias: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention: every query gets the average of the values, weighted by how its scores compare.
 
@@ -88,7 +94,9 @@ def causal(queries: int, keys: int | None = None) -> Tensor:
     """[T, S] boolean: query t may read keys up to its own place. With fewer queries than keys they are the last ones."""
     keys = queries if keys is None else keys
     if not 1 <= queries <= keys:
-        raise ValueError(f"queries: {queries} queries over {keys} keys; the last query stands at the last key, so 1 to {keys}")
+        raise ValueError(
+            f"queries: {queries} queries over {keys} keys; the last query stands at the last key, so 1 to {keys}"
+        )
     return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
 
 
@@ -120,7 +128,9 @@ class Layer(NamedTuple):
         return Layer(*(W.to(dtype) for W in self))
 
 
-def random_layer(d: int, n_heads: int, n_kv_heads: int | None = None, *, d_head: int | None = None, seed: int = 0) -> Layer:
+def random_layer(
+    d: int, n_heads: int, n_kv_heads: int | None = None, *, d_head: int | None = None, seed: int = 0
+) -> Layer:
     """A layer with entries of variance 1 / (rows that are summed), in float64, so that unit inputs give unit outputs."""
     n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
     d_head = d // n_heads if d_head is None else d_head

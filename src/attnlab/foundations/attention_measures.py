@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attnlab.foundations.attention_from_scratch import Layer, attention, causal, project, scores, share
@@ -80,22 +81,28 @@ def projection_cost(tokens: int, *, d_model: int, n_heads: int, n_kv_heads: int,
     return Cost(2 * weights * tokens, numbers * number)
 
 
-def clock(fn: Callable[[], Any], repeats: int = 5) -> float:
-    """Milliseconds of ``fn()``: the fastest of ``repeats`` after one for warming up; others can only slow a run down."""
+def clock(fn: Callable[[], Any], seconds: float = 0.15) -> float:
+    """Milliseconds of ``fn()``: the fastest of at least three runs, and of as many as ``seconds`` hold; one more warms up.
+
+    The fastest, because other programs can only slow a run down.
+    """
     fn()
-    times = []
-    for _ in range(repeats):
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
         begin = time.perf_counter()
         fn()
         times.append(time.perf_counter() - begin)
     return 1000 * min(times)
 
 
-def time_lengths(lengths: Sequence[int], *, d_model: int = 256, n_heads: int = 4, seed: int = 0) -> pd.DataFrame:
+def time_lengths(
+    lengths: Sequence[int], *, further: int = 16, d_model: int = 256, n_heads: int = 4, seed: int = 0
+) -> pd.DataFrame:
     """Milliseconds on this machine, float32, no gradient, of the pieces of a layer at each length.
 
-    Columns ``piece, length, ms``: ``projections`` (the four matrices, T tokens), ``prefill`` (T queries, T keys, causal)
-    and ``decode`` (1 query, T keys).
+    Columns ``piece, length, ms``: ``projections`` (the four matrices, T tokens), ``prefill`` (T queries, T keys, causal,
+    with the functions of the chapter), ``fused prefill`` (the same by torch, which never stores the scores) and
+    ``decode`` (1 query, ``further`` T keys: it is so cheap that short pasts only show what a call costs).
     """
     generator = torch.Generator().manual_seed(seed)
     d_head = d_model // n_heads
@@ -104,14 +111,16 @@ def time_lengths(lengths: Sequence[int], *, d_model: int = 256, n_heads: int = 4
     for length in lengths:
         x = torch.randn(length, d_model, generator=generator)
         q, k, v = torch.randn(3, 1, length, n_heads, d_head, generator=generator)
-        mask, last = causal(length), q[:, -1:]
-        pieces: dict[str, Callable[[], Any]] = {
-            "projections": lambda x=x: [x @ w for w in weights],
-            "prefill": lambda q=q, k=k, v=v, mask=mask: attention(q, k, v, mask),
-            "decode": lambda q=last, k=k, v=v: attention(q, k, v),
+        past = torch.randn(2, 1, further * length, n_heads, d_head, generator=generator)
+        mask, heads_first = causal(length), [y.transpose(1, 2).contiguous() for y in (q, k, v)]
+        pieces: dict[tuple[str, int], Callable[[], Any]] = {
+            ("projections", length): lambda x=x: [x @ w for w in weights],
+            ("prefill", length): lambda q=q, k=k, v=v, mask=mask: attention(q, k, v, mask),
+            ("fused prefill", length): lambda y=heads_first: F.scaled_dot_product_attention(*y, is_causal=True),
+            ("decode", further * length): lambda q=q[:, -1:], past=past: attention(q, *past),
         }
         with torch.no_grad():
-            rows += [{"piece": name, "length": length, "ms": clock(fn)} for name, fn in pieces.items()]
+            rows += [{"piece": name, "length": tokens, "ms": clock(fn)} for (name, tokens), fn in pieces.items()]
     return pd.DataFrame(rows)
 
 
@@ -176,3 +185,45 @@ def score_maps(model: Any, reading: Reading) -> Tensor:
         q, k, _ = project(llama_layer(model, number), x, base=rotary_base(model))
         maps.append(scores(q, share(k, q.shape[2]))[0])
     return torch.stack(maps)
+
+
+def habits(patterns: Tensor, words: Sequence[str]) -> pd.DataFrame:
+    """What share of its weight each head puts where, averaged over the tokens that have a choice; patterns [L, H, T, T].
+
+    Columns: ``head`` (such as ``16.0``), ``first token``, ``itself``, ``token before``, ``same word before``, ``after the
+    same word`` (the token that followed an earlier copy of this one) and ``all alike`` (effective keys over keys).
+    """
+    names = [word.strip() for word in words]
+    earlier = {t: [s for s in range(t) if names[s] == names[t]] for t in range(len(names))}
+    earlier = {t: places for t, places in earlier.items() if places}
+    if not earlier:
+        raise ValueError(
+            "words: no word occurs twice, so nothing can be said about repeated words; pick another sentence"
+        )
+
+    def share_at(shift: int) -> Tensor:
+        return torch.stack(
+            [patterns[:, :, t, [s + shift for s in places]].sum(-1) for t, places in earlier.items()]
+        ).mean(0)
+
+    keys = torch.arange(1, len(names) + 1)
+    columns = {
+        "first token": patterns[:, :, 1:, 0].mean(-1),
+        "itself": patterns.diagonal(0, 2, 3)[..., 1:].mean(-1),
+        "token before": patterns.diagonal(-1, 2, 3)[..., 1:].mean(-1),  # not of token 1, whose past is one token
+        "same word before": share_at(0),
+        "after the same word": share_at(1),
+        "all alike": (effective_keys(patterns) / keys)[..., 1:].mean(-1),
+    }
+    layers, heads = patterns.shape[:2]
+    names_of_heads = [f"{layer}.{head}" for layer in range(layers) for head in range(heads)]
+    return pd.DataFrame({"head": names_of_heads} | {name: x.flatten().tolist() for name, x in columns.items()})
+
+
+def extremes(table: pd.DataFrame) -> dict[str, str]:
+    """For each habit the head that has most of it, such as ``{"token before": "16.0"}``; no head is named twice."""
+    found: dict[str, str] = {}
+    for habit in table.columns.drop("head"):
+        rest = table[~table["head"].isin(list(found.values()))]
+        found[habit] = str(rest.loc[rest[habit].idxmax(), "head"])
+    return found
