@@ -48,9 +48,9 @@ class Family:
 
 MIXTURE: Mapping[str, float] = {"ABCD": 0.4, "shuffled": 0.2, "random": 0.4}
 FAMILIES: Mapping[str, Family] = {
-    "lines": Family(MIXTURE),
+    "mixed": Family(MIXTURE),
     "order": Family({"ABCD": 1.0}, steps=600),
-    "list": Family(MIXTURE, layout="list", seeds=(0, 1, 2, 3)),
+    "list": Family(MIXTURE, layout="list"),
     "eight": Family(MIXTURE, options=8, layout="list", steps=2000, seeds=(0,)),
 }
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import permutations
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from attnlab.circuits import chinchilla_mcq_runs as runs
@@ -30,8 +32,16 @@ from attnlab.circuits.chinchilla_mcq import (
 from attnlab.circuits.metrics import Readout
 from attnlab.circuits.model import HookedLM
 from attnlab.circuits.pairs import Pair, Pairs
-from attnlab.circuits.subspaces import Subspaces, compress, fit_heads, random_subspace
-from attnlab.data.choices import CONDITIONS, FACTS, WORDS, Choices, choices
+from attnlab.circuits.subspaces import (
+    Subspaces,
+    compress,
+    fit_heads,
+    head_vectors,
+    random_subspace,
+    share_of,
+    two_factor_shares,
+)
+from attnlab.data.choices import CONDITIONS, FACTS, LETTER, WORDS, Choices, choices
 
 PROMPTS = 400
 #: streams of prompts: those that subspaces are fitted on, and those that everything is measured on
@@ -177,6 +187,33 @@ def enough(small: Small, condition: str = "ABCD", parts: Sequence[str] = ("q", "
         if small.lost(condition, dict.fromkeys(parts, rank)) > within:
             return rank + 1
     return 0
+
+
+def crossed(small: Small, copies: int = 4) -> Sheet:
+    """Prompts in which every order of the first letters meets every right line equally often: place, letter and right are independent."""
+    lines = runs.FAMILIES[small.family].options
+    orders = np.array(list(permutations(range(lines))))
+    drawn = small.drawn("ABCD", MEASURE, n=copies * lines * len(orders))
+    labels = LETTER + orders[(np.arange(len(drawn.gold)) // lines) % len(orders)]
+    tokens = drawn.tokens.copy()
+    tokens[:, drawn.label_at] = labels
+    return Sheet.of(drawn._replace(tokens=tokens, labels=labels))
+
+
+def key_shares(small: Small) -> list[dict[str, Any]]:
+    """What the keys and values of each correct-letter head vary with, on :func:`crossed` prompts: place, letter, being right, rest."""
+    sheet = crossed(small)
+    place = torch.arange(sheet.labels.shape[1]).expand_as(sheet.labels)
+    right = (place == sheet.gold[:, None]).long()
+    rows = []
+    for head, tables in head_vectors(small.model, sheet, small.heads).items():
+        for part, name in (("k", "keys"), ("v", "values")):
+            vectors = tables[part].flatten(0, 1)
+            shares = two_factor_shares(vectors, place.flatten(), sheet.labels.flatten())
+            shares["right or wrong"] = share_of(vectors, right.flatten())
+            shares["rest"] -= shares["right or wrong"]
+            rows.append({"model": f"{small.family} {small.seed}", "head": head, "part": name, **shares})
+    return rows
 
 
 PARTS: Mapping[str, tuple[str, ...]] = {

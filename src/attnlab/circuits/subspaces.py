@@ -158,13 +158,14 @@ def two_factor_shares(vectors: Tensor, place: Tensor, letter: Tensor) -> dict[st
             f"place, letter: every place must meet every letter equally often, but the counts run from {int(counts.min())} to "
             f"{int(counts.max())}; in this design the two cannot be told apart"
         )
-    x = (vectors - vectors.mean(0)).double()
-    total = x.square().sum()
-
-    def between(groups: Tensor, size: int) -> float:
-        means = torch.zeros(size, x.shape[1], dtype=x.dtype).index_add_(0, groups, x)
-        weights = torch.bincount(groups, minlength=size)[:, None]
-        return float((means / weights).square().mul(weights).sum() / total)
-
-    shares = {"place": between(rows, len(places)), "letter": between(columns, len(letters))}
+    shares = {"place": share_of(vectors, rows), "letter": share_of(vectors, columns)}
     return {**shares, "rest": 1.0 - sum(shares.values())}
+
+
+def share_of(vectors: Tensor, groups: Tensor) -> float:
+    """Share of the variance of ``vectors`` [n, d] that lies between the means of the ``groups`` [n]."""
+    x = (vectors - vectors.mean(0)).double()
+    names, rows = torch.unique(groups, return_inverse=True)
+    counts = torch.bincount(rows, minlength=len(names))[:, None]
+    means = torch.zeros(len(names), x.shape[1], dtype=x.dtype).index_add_(0, rows, x) / counts
+    return float((means.square() * counts).sum() / x.square().sum())
