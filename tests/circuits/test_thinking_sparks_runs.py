@@ -10,6 +10,7 @@ import pytest
 
 from attnlab import claims, records
 from attnlab.circuits import thinking_sparks_runs as runs
+from attnlab.circuits import thinking_sparks_tables as tables
 from attnlab.circuits.post_training import REGIMES, Plan
 from attnlab.circuits.thinking_sparks import Timeline
 
@@ -153,3 +154,27 @@ def test_a_look_at_every_checkpoint(monkeypatch: pytest.MonkeyPatch):
     assert looks.patched["SFT", 0].shape == (2, 2)
     assert [checkpoint.updates for checkpoint in models["SFT"]] == [0, 2, 4]
     assert {row["case"] for row in rows} == {"sharpen"}
+
+
+def test_tables_of_the_page():
+    rows = [row for seed in (0, 1) for row in rows_of(seed)]
+    for row in rows:
+        if row["operator"] == "ablation":
+            row["whole"] = 95.0
+    table = tables.summary(rows, 0.05)
+    assert table.index.tolist()[:4] == [("sharpen", name) for name in ("SFT", "GRPO", "drift", runs.AGAIN)]
+    assert table.loc[("sharpen", "SFT"), ["base", "emergent", "lost"]].tolist() == [1, 2, 0]
+    assert table.loc[("switch", "SFT"), "|E|"] == pytest.approx((0.25 + 1 + 1) / 3, abs=1e-3)
+    cut = tables.ablation_table(rows).set_index(["regime", "how"])
+    assert cut.loc[("switch", "zero"), ["runs", "heads", "whole", "without", "random"]].tolist() == [
+        2,
+        1,
+        95,
+        40,
+        85.25,
+    ]
+    assert tables.ablation_table([]).empty
+    judged = {claim: claims.measure(f"thinking-sparks/{claim}", **made) for claim, made in runs.judge(rows).items()}
+    shown = tables.cards([*rows, *judged.values()], "sft-heads-stay", "not-only-step-size")
+    assert [card.claim.id for card in shown] == ["sft-heads-stay", "not-only-step-size"]
+    assert tables.cards(rows, "sft-heads-stay") == []

@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 
 from attnlab.circuits.thinking_sparks import TAU, TAUS, Shares, Timeline, effect
-from attnlab.figures.palette import CONTROL, LINEAR, NEGATIVE, OURS, PAPER, SOFTMAX
+from attnlab.figures.palette import CONTROL, NEGATIVE, OURS, PAPER, SOFTMAX
 from attnlab.figures.twin import Twin, twin
 
 NOISE = "base, other prompts"
-RUNS = {"SFT": SOFTMAX, "GRPO": NEGATIVE, "drift": LINEAR, NOISE: CONTROL}
+RUNS = {"SFT": SOFTMAX, "GRPO": NEGATIVE, "drift": OURS, NOISE: CONTROL}
 #: heads of the base, then one colour a checkpoint, early to late
 COHORTS = [
     "#7f7f7f",
@@ -232,13 +232,13 @@ def _looks(heads: pd.DataFrame, words: Sequence[str], pick: alt.Parameter) -> An
     y = alt.Y("token:N", title=None, sort=list(labels.values()), axis=alt.Axis(labelOverlap=False))
     bars = (
         attention("datum.updates == at")
-        .mark_bar(height=9, color=OURS)
+        .mark_bar(height=9, color=SOFTMAX)
         .encode(x=x, y=y, tooltip=["token:N", alt.Tooltip("attention:Q", format=".2f")])
     )
     base = attention("datum.updates == 0").mark_tick(color=PAPER, thickness=3, height=13).encode(x=x, y=y)
     said = named.transform_filter("datum.updates == at").transform_calculate(
         one="'Head ' + datum.head + ': ' + format(datum.share, '.1%') + ' of the flow, ' + format(datum.before, '.1%') + ' in the base'",
-        two="'Swap it alone: ' + format(datum.drop, '.0%') + ' of the answer goes, ' + format(datum.base_drop, '.0%') + ' in the base'",
+        two="'Swap it: ' + format(datum.drop, '.0%') + ' of the answer goes, ' + format(datum.base_drop, '.0%') + ' in the base'",
     )
     text: dict[str, Any] = {"align": "left", "x": 0}
     lines: Any = said.mark_text(**text, y=6, fontWeight="bold", fontSize=13).encode(text="one:N") + said.mark_text(
