@@ -21,7 +21,7 @@ from attnlab.figures.twin import Twin, twin
 
 WINDOWS = (4, 10, 30)
 FAI_COLOUR, WAAD_COLOUR, ENTROPY_COLOUR = BOTH, OURS, CONTROL
-WIDTH, ROW, LETTER = 320, 34, 6.7  # pixels: of a line of the strip, between lines, of a letter
+WIDTH, ROW, LETTER = 284, 36, 6.7  # pixels: of a line of the strip, between lines, of a letter
 RULE_COLOURS = {
     "uniform": CONTROL,
     "random": LINEAR,
@@ -116,9 +116,10 @@ def rhythm_figure(tokens: pd.DataFrame, links: pd.DataFrame, picked: int, window
         ("fai", "FAI, %", FAI_COLOUR),
         ("entropy", "entropy, nats", ENTROPY_COLOUR),
     ):
-        y = alt.Y(f"{field}:Q", title=title, axis=alt.Axis(tickCount=3, titleFontSize=11))
+        scale = alt.Scale(zero=field != "waad")
+        y = alt.Y(f"{field}:Q", title=title, scale=scale, axis=alt.Axis(tickCount=3, titleFontSize=11))
         line = table.mark_line(color=colour, strokeWidth=1.5).encode(x=axis, y=y)
-        panels.append(_touchable(table, line, at).properties(width=WIDTH - 60, height=52))
+        panels.append(_touchable(table, line, at).properties(width=WIDTH - 14, height=52))
     panels.append(_weights_panel(table, at, len(tokens)))
     with warnings.catch_warnings():  # altair warns that views share a selection; that is what we want
         warnings.filterwarnings("ignore", message="Automatically deduplicated selection parameter")
@@ -131,8 +132,11 @@ def _strip(table: alt.Chart, tokens: pd.DataFrame, links: pd.DataFrame, at: alt.
     height = int(tokens.y.max()) + ROW
     across, down = alt.Scale(domain=[0, WIDTH], nice=False), alt.Scale(domain=[height, 0], nice=False)
     x = alt.X("x:Q", scale=across, axis=None)
-    placed = table.transform_calculate(
-        top="datum.y + 6", bottom="datum.y + 23", low="datum.y + 24", deep="datum.y + 24 + 8 * datum.waad / cut"
+    placed = table.transform_joinaggregate(most="max(waad)").transform_calculate(
+        top="datum.y + 6",
+        bottom="datum.y + 23",
+        low="datum.y + 24",
+        deep="datum.y + 24 + 11 * pow(datum.waad / datum.most, 2)",  # squared, or bars of 4 and 6 tokens look alike
     )
     fill = alt.Opacity("fai:Q", scale=alt.Scale(type="pow", exponent=0.7, range=[0, 0.75]), legend=None)
     tip = [
@@ -188,7 +192,8 @@ def _links(
     kinds = alt.Scale(domain=["reads it later", "it looks at"], range=[FAI_COLOUR, WAAD_COLOUR])
     colour = alt.Color("kind:N", scale=kinds, legend=alt.Legend(title=None, orient="top"))
     strength = alt.StrokeWidth("weight:Q", scale=alt.Scale(domain=[0, 0.2], range=[1, 4], clamp=True), legend=None)
-    lines = chosen.mark_rule(opacity=0.7).encode(
+    apart = chosen.transform_filter("datum.y != datum.own_y")  # within a line it would strike the words through
+    lines = apart.mark_rule(opacity=0.7).encode(
         x=alt.X("ox:Q", scale=across, axis=None),
         x2="mx:Q",
         y=alt.Y("oy:Q", scale=down, axis=None),
@@ -227,7 +232,7 @@ def _weights_panel(table: alt.Chart, at: alt.Parameter, n: int) -> Any:
         opacity=alt.Opacity("gamma:Q", scale=alt.Scale(domain=[1, 1.75], range=[0.05, 1]), legend=None),
         tooltip=["word:N", "rule:N", alt.Tooltip("gamma:Q", title="weight γ", format=".2f")],
     )
-    return _touchable(table, bars, at).properties(width=WIDTH - 60, height=54)
+    return _touchable(table, bars, at).properties(width=WIDTH - 14, height=54)
 
 
 # ------------------------------------------------------------------------------------------------------ heads and chance
@@ -255,12 +260,13 @@ def span_chart(spans: Mapping[str, Tensor], groups: Mapping[str, rhythm.Groups])
             }
         )
     domain = ["local", "global", "neither"]
+    ticks = alt.Axis(values=[2, 5, 10, 20, 50, 100])
     points = (
         alt.Chart(pd.DataFrame(rows))
         .mark_circle(size=55, opacity=0.8)
         .encode(
-            x=alt.X("kept:Q", title="mean span with the sink, tokens", scale=alt.Scale(type="log")),
-            y=alt.Y("removed:Q", title="mean span without, tokens", scale=alt.Scale(type="log")),
+            x=alt.X("kept:Q", title="mean span with the sink, tokens", scale=alt.Scale(type="log"), axis=ticks),
+            y=alt.Y("removed:Q", title="mean span without, tokens", scale=alt.Scale(type="log"), axis=ticks),
             color=alt.Color(
                 "group:N",
                 scale=alt.Scale(domain=domain, range=[WAAD_COLOUR, FAI_COLOUR, CONTROL]),
@@ -406,7 +412,7 @@ def gains_chart(rows: Sequence[Mapping[str, Any]], table: pd.DataFrame) -> alt.L
         alt.Chart(points)
         .mark_tick(color=CONTROL, thickness=2, height=14)
         .encode(
-            x=alt.X("gain:Q", title="reward over training, points above random credit"),
+            x=alt.X("gain:Q", title="reward, points above random credit"),
             y=y,
             tooltip=["rule", "seed", "gain"],
         )
@@ -449,7 +455,7 @@ def peaks_chart(
             .mark_point(filled=True, size=45, color=NEGATIVE, opacity=1)
             .encode(x=x, y="value:Q", tooltip=["token", "word", "value"])
         )
-        panels.append((line + dots).properties(width=WIDTH - 60, height=70))
+        panels.append((line + dots).properties(width=WIDTH - 14, height=70))
     told = [
         f"{100 * test.value:.0f}% of the WAAD peaks are followed, {100 * test.band()[0]:.0f}% when shifted",
         f"entropy at WAAD peaks: {lift:+.2f} nats against the mean",
