@@ -175,6 +175,13 @@ def share_of_any(small: Small) -> float:
     return 100 * small.effects.share(heads) * len(small.heads) / len(heads)
 
 
+def text_score(small: Small) -> np.ndarray:
+    """The correct-letter score with the texts in place of the labels, ``[L, H]``: heads that read the answer where its text stands."""
+    drawn, sheet = small.drawn("ABCD"), small.sheets["ABCD"]
+    at = torch.as_tensor(drawn.text_at).expand(len(sheet), -1)
+    return correct_letter_score(gold_matrix(label_attention(small.model, sheet, at), sheet.gold))
+
+
 def random_lost(small: Small, condition: str, ranks: Mapping[str, int]) -> list[float]:
     """Points that random subspaces of the same ranks cost, one a draw."""
     return [small.lost(condition, ranks, small.random(draw)) for draw in range(RANDOM_DRAWS)]
@@ -235,6 +242,7 @@ def rank_rows(small: Small, conditions: Sequence[str], ranks: Sequence[int]) -> 
                 logits = small.logits(condition, None, dict.fromkeys(parts, rank))
                 rows.append(
                     {
+                        "model": small.family,
                         "seed": small.seed,
                         "condition": condition,
                         "part": name,

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from attnlab.circuits.chinchilla_mcq import DirectEffects, gold_matrix
+from attnlab.circuits.chinchilla_mcq import DirectEffects, gold_matrix, label_attention
 from attnlab.circuits.chinchilla_mcq_study import PARTS, Small
 from attnlab.circuits.scores import Scores
 from attnlab.circuits.subspaces import compress, head_vectors
@@ -32,84 +32,88 @@ PART_COLOURS = {
 }
 
 
-def cell_frame(small: Small, heads: Sequence[str]) -> pd.DataFrame:
+#: models of the figure with the heads to show of each
+Chosen = Sequence[tuple[Small, Sequence[str]]]
+#: what the points can be coloured by
+COLOURINGS = ("place", "letter", "right or wrong")
+
+
+def cell_frame(chosen: Chosen) -> pd.DataFrame:
     """Attention from END to each label by right line: one row a head, condition, right line and line looked at (from 1)."""
-    rows = []
-    for condition, shown in SHOWN.items():
-        sheet = small.sheets[condition]
-        matrices = matrix_of(small, condition)
-        lines = range(sheet.labels.shape[1])
-        rows += [
-            {
-                "head": head,
-                "labels": shown,
-                "right": right + 1,
-                "line": line + 1,
-                "attention": round(float(matrices[head][right, line]), 3),
-            }
+    return pd.DataFrame(
+        [
+            {"head": f"{small.family} {head}", "labels": shown} | cell
+            for small, heads in chosen
+            for condition, shown in SHOWN.items()
+            for matrices in [matrix_of(small, condition)]
             for head in heads
-            for right in lines
-            for line in lines
+            for cell in _cells(matrices[head])
         ]
-    return pd.DataFrame(rows)
+    )
+
+
+def _cells(matrix: np.ndarray) -> list[dict[str, Any]]:
+    return [
+        {"right": right + 1, "line": line + 1, "attention": round(float(value), 3)}
+        for (right, line), value in np.ndenumerate(matrix)
+    ]
 
 
 def matrix_of(small: Small, condition: str, ranks: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
     """Where every head looks, by right line ``[k, k]``, with the correct-letter heads compressed if ``ranks`` are given."""
-    sheet, model = small.sheets[condition], small.model
-    edits = compress(model, sheet, small.subspaces, ranks) if ranks else ()
-    with torch.no_grad():
-        pattern = model.run(sheet.tokens, edits, capture=("pattern",)).stack("pattern")[:, :, :, -1]  # [L, N, H, T]
-    index = sheet.label_at[None, :, None].expand(len(pattern), -1, pattern.shape[2], -1)
-    matrices = gold_matrix(pattern.gather(-1, index).transpose(1, 2).double().numpy(), sheet.gold)
-    return {str(node): matrices[node.layer, node.head] for node in model.spec.heads}
+    sheet = small.sheets[condition]
+    edits = compress(small.model, sheet, small.subspaces, ranks) if ranks else ()
+    matrices = gold_matrix(label_attention(small.model, sheet, edits=edits), sheet.gold)
+    return {str(node): matrices[node.layer, node.head] for node in small.model.spec.heads}
 
 
-def point_frame(small: Small, heads: Sequence[str], prompts: int = 32) -> pd.DataFrame:
+def point_frame(chosen: Chosen, prompts: int = 16) -> pd.DataFrame:
     """Queries at END and keys at labels along the first two directions that A to D in order gave, one row a vector.
 
-    ``line`` is the line that a query asks for or that a key stands in, ``letter`` its label; ``by place`` and ``by letter`` run
-    from 0 to 3 and give the colour.
+    ``line`` is the line that a query asks for or that a key stands in, ``letter`` its label. The columns for :data:`COLOURINGS`
+    run from 0 to 3 and give the colour.
     """
     rows: list[dict[str, Any]] = []
-    for condition, shown in SHOWN.items():
-        sheet = small.sheets[condition]
-        keep = np.random.default_rng(0).permutation(len(sheet))[:prompts]
-        last = 3.0 / (len(LETTERS) - 1 if condition == "random" else sheet.labels.shape[1] - 1)
-        tables = head_vectors(small.model, sheet, heads)
-        for head in heads:
-            spaces = small.subspaces[head]
-            query = spaces["q"].coordinates(tables[head]["q"], 2)  # [N, 2]
-            key = spaces["k"].coordinates(tables[head]["k"], 2)  # [N, k, 2]
-            for number in keep.tolist():
-                gold = int(sheet.gold[number])
-                vectors = [("query", gold, query[number])]
-                vectors += [("key", line, key[number, line]) for line in range(key.shape[1])]
-                for kind, line, (x, y) in vectors:
-                    letter = WORDS[int(sheet.labels[number, line]) - 1]
-                    rows.append(
-                        {
-                            "head": head,
-                            "labels": shown,
-                            "kind": kind,
-                            "prompt": number,
-                            "x": round(float(x), 2),
-                            "y": round(float(y), 2),
-                            "line": line + 1,
-                            "letter": letter,
-                            "by place": float(line) * 3.0 / (key.shape[1] - 1),
-                            "by letter": round(LETTERS.index(letter) * last, 2),
-                        }
-                    )
+    for small, heads in chosen:
+        for condition, shown in SHOWN.items():
+            sheet = small.sheets[condition]
+            keep = np.random.default_rng(0).permutation(len(sheet))[:prompts].tolist()
+            tables = head_vectors(small.model, sheet, heads)
+            for head in heads:
+                spaces = small.subspaces[head]
+                query = spaces["q"].coordinates(tables[head]["q"], 2)  # [N, 2]
+                key = spaces["k"].coordinates(tables[head]["k"], 2)  # [N, k, 2]
+                common = {"head": f"{small.family} {head}", "labels": shown}
+                for number in keep:
+                    gold = int(sheet.gold[number])
+                    letters = [WORDS[token - 1] for token in sheet.labels[number].tolist()]
+                    points = [("query", gold, query[number])]
+                    points += [("key", line, key[number, line]) for line in range(len(letters))]
+                    rows += [
+                        common | {"kind": kind, "prompt": number} | _point(at, line, gold, letters, condition)
+                        for kind, line, at in points
+                    ]
     return pd.DataFrame(rows)
 
 
+def _point(at: torch.Tensor, line: int, gold: int, letters: Sequence[str], condition: str) -> dict[str, Any]:
+    last = len(LETTERS) - 1 if condition == "random" else len(letters) - 1
+    return {
+        "x": round(float(at[0]), 2),
+        "y": round(float(at[1]), 2),
+        "line": line + 1,
+        "letter": letters[line],
+        "place": round(3 * line / (len(letters) - 1), 2),
+        "by letter": round(3 * LETTERS.index(letters[line]) / last, 2),
+        "right or wrong": 3.0 if line == gold else 0.0,
+    }
+
+
 def rank_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Mean, lowest and highest accuracy over seeds against rank, one row a condition, part and rank."""
+    """What :func:`attnlab.circuits.chinchilla_mcq_study.rank_rows` made, with the labels as the figure names them."""
     table = pd.DataFrame(rows)
-    table["labels"] = table.condition.map(SHOWN)
-    grouped = table.groupby(["labels", "part", "rank"], sort=False).accuracy
-    return grouped.agg(accuracy="mean", low="min", high="max").round(1).reset_index()
+    named = table.assign(labels=table.condition.map(SHOWN), accuracy=table.accuracy.round(1))
+    return named[["model", "labels", "part", "rank", "accuracy"]]
 
 
 def letter_map(cells: pd.DataFrame, points: pd.DataFrame, ranks: pd.DataFrame) -> alt.VConcatChart:
@@ -117,39 +121,15 @@ def letter_map(cells: pd.DataFrame, points: pd.DataFrame, ranks: pd.DataFrame) -
 
     Radios choose the labels and what colours the points; a menu chooses the head. A click on a query or key lights up its prompt.
     """
-    heads = list(dict.fromkeys(cells["head"]))
-    labels = alt.param(
-        "labels",
-        value=next(iter(SHOWN.values())),
-        bind=alt.binding_radio(options=list(SHOWN.values()), name="labels: "),
-    )
+    heads, kinds = list(dict.fromkeys(cells["head"])), list(SHOWN.values())
+    labels = alt.param("labels", value=kinds[0], bind=alt.binding_radio(options=kinds, name="labels: "))
     colour = alt.param(
-        "colour", value="by place", bind=alt.binding_radio(options=["by place", "by letter"], name="colour points: ")
+        "colour", value=COLOURINGS[0], bind=alt.binding_radio(options=list(COLOURINGS), name="colour points by: ")
     )
     head = alt.param("head", value=heads[0], bind=alt.binding_select(options=heads, name="head: "))
-    now = "datum.labels == labels"
-    mine = f"{now} && datum.head == head"
-    lines = int(cells["line"].max())
-
-    matrix = (
-        alt.Chart(cells)
-        .transform_filter(mine)
-        .mark_rect(stroke="currentColor", strokeOpacity=0.25)
-        .encode(
-            x=alt.X("line:O", title="line looked at", axis=alt.Axis(labelAngle=0)),
-            y=alt.Y("right:O", title="right line"),
-            color=alt.Color(
-                "attention:Q",
-                scale=alt.Scale(domain=[0, 1], scheme="blues"),
-                legend=alt.Legend(title="attention", format="%", values=[0, 0.5, 1], gradientLength=90),
-            ),
-            tooltip=["head:N", "right:O", "line:O", alt.Tooltip("attention:Q", format=".2f")],
-        )
-        .properties(
-            width=34 * lines,
-            height=34 * lines,
-            title=alt.TitleParams(text=alt.expr("'Where head ' + head + ' looks, labels: ' + labels"), fontSize=13),
-        )
+    mine = "datum.labels == labels && datum.head == head"
+    matrix = _matrix(alt.Chart(cells).transform_filter(mine)).properties(
+        width=130, height=130, title=_small(alt.expr("'Labels that head ' + head + ' looks at'"))
     )
     picked = alt.selection_point("picked", fields=["prompt"], on="click", empty=True, clear="dblclick")
 
@@ -157,7 +137,7 @@ def letter_map(cells: pd.DataFrame, points: pd.DataFrame, ranks: pd.DataFrame) -
         return (
             alt.Chart(points)
             .transform_filter(f"{mine} && datum.kind == '{kind}'")
-            .transform_calculate(shade="datum[colour]")
+            .transform_calculate(shade="colour == 'letter' ? datum['by letter'] : datum[colour]")
             .mark_point(filled=True, size=45, stroke="currentColor", strokeWidth=0.3)
             .encode(
                 x=alt.X("x:Q", title="direction 1", scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=3)),
@@ -166,7 +146,7 @@ def letter_map(cells: pd.DataFrame, points: pd.DataFrame, ranks: pd.DataFrame) -
                 opacity=alt.condition(picked, alt.value(0.9), alt.value(0.06)),
                 tooltip=["line:O", "letter:N", "prompt:Q"],
             )
-            .properties(width=112, height=130, title=alt.TitleParams(text=title, fontSize=13))
+            .properties(width=105, height=130, title=_small(title))
         )
 
     with warnings.catch_warnings():
@@ -174,24 +154,42 @@ def letter_map(cells: pd.DataFrame, points: pd.DataFrame, ranks: pd.DataFrame) -
         clouds = alt.hconcat(
             scatter("query", "queries at the end").add_params(picked),
             scatter("key", "keys at the labels").add_params(picked),
-            spacing=10,
+            spacing=8,
         )
-    curves = alt.Chart(ranks).transform_filter(now)
     scale = alt.Scale(domain=list(PART_COLOURS), range=list(PART_COLOURS.values()))
-    x = alt.X("rank:Q", title="directions kept", axis=alt.Axis(tickMinStep=1))
-    band = curves.mark_area(opacity=0.15).encode(x=x, y="low:Q", y2="high:Q", color=alt.Color("part:N", scale=scale))
-    line = curves.mark_line(point=True).encode(
-        x=x,
-        y=alt.Y("accuracy:Q", title="right answers, percent", scale=alt.Scale(domain=[0, 100])),
-        color=alt.Color("part:N", scale=scale, legend=alt.Legend(title=None, orient="top", columns=2)),
-        tooltip=["part:N", "rank:Q", alt.Tooltip("accuracy:Q", format=".1f"), "low:Q", "high:Q"],
+    kept = (
+        alt.Chart(ranks)
+        .transform_filter("datum.labels == labels && indexof(head, datum.model) == 0")
+        .mark_line(point=True, opacity=0.9)
+        .encode(
+            x=alt.X("rank:Q", title="directions kept", axis=alt.Axis(tickMinStep=1)),
+            y=alt.Y("accuracy:Q", title="right answers, percent", scale=alt.Scale(domain=[0, 100])),
+            color=alt.Color("part:N", scale=scale, legend=alt.Legend(title=None, orient="top", columns=2)),
+            tooltip=["part:N", "rank:Q", alt.Tooltip("accuracy:Q", format=".1f")],
+        )
+        .properties(width=240, height=140, title=_small("Answers when the heads are compressed"))
     )
-    kept = (band + line).properties(
-        width=250, height=150, title=alt.TitleParams(text="What is left when the heads are compressed", fontSize=13)
-    )
-    stacked: alt.VConcatChart = alt.vconcat(matrix, clouds, kept, spacing=14)
-    titled: alt.VConcatChart = stacked.properties(title="Does the head know the place or the letter?")
+    stacked: alt.VConcatChart = alt.vconcat(matrix, clouds, kept, spacing=12)
+    titled: alt.VConcatChart = stacked.properties(title="What does the head know?")
     return titled.add_params(labels, colour, head).resolve_scale(color="independent")
+
+
+def _matrix(chart: alt.Chart) -> alt.Chart:
+    """Attention by right line and line looked at."""
+    return chart.mark_rect(stroke="currentColor", strokeOpacity=0.25).encode(
+        x=alt.X("line:O", title="line looked at", axis=alt.Axis(labelAngle=0)),
+        y=alt.Y("right:O", title="right line"),
+        color=alt.Color(
+            "attention:Q",
+            scale=alt.Scale(domain=[0, 1], scheme="blues"),
+            legend=alt.Legend(title="attention", format="%", values=[0, 0.5, 1], gradientLength=90),
+        ),
+        tooltip=["right:O", "line:O", alt.Tooltip("attention:Q", format=".2f")],
+    )
+
+
+def _small(text: Any) -> alt.TitleParams:
+    return alt.TitleParams(text=text, fontSize=13)
 
 
 def histogram(said: Mapping[str, Sequence[int]], options: int = 4) -> alt.LayerChart:
@@ -281,26 +279,7 @@ def compression_explorer(small: Small) -> Twin:
         ranks = dict.fromkeys(PARTS[part], rank)
         matrix = matrix_of(small, condition, ranks)[head]
         accuracy = small.accuracy(condition, None, ranks)
-        lines = len(matrix)
-        table = pd.DataFrame(
-            [
-                {"right": g + 1, "line": i + 1, "attention": round(float(matrix[g, i]), 3)}
-                for g in range(lines)
-                for i in range(lines)
-            ]
-        )
-        chart = (
-            alt.Chart(table)
-            .mark_rect(stroke="currentColor", strokeOpacity=0.25)
-            .encode(
-                x=alt.X("line:O", title="line looked at", axis=alt.Axis(labelAngle=0)),
-                y=alt.Y("right:O", title="right line"),
-                color=alt.Color(
-                    "attention:Q", scale=alt.Scale(domain=[0, 1], scheme="blues"), legend=alt.Legend(title="attention")
-                ),
-                tooltip=["right:O", "line:O", alt.Tooltip("attention:Q", format=".2f")],
-            )
-        )
+        chart = _matrix(alt.Chart(pd.DataFrame(_cells(matrix))))
         title = [
             f"head {head}: {part} in {rank} of {size} directions",
             f"{accuracy:.0f} percent right, labels: {SHOWN[condition]}",

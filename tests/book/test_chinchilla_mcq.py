@@ -1,0 +1,50 @@
+"""The figure of the multiple-choice chapter: radios and menu change what they should, a click lights up one prompt."""
+
+import pytest
+from playwright.sync_api import expect
+
+MAP = "#letter-map"
+FILLS = (
+    f"""() => [...document.querySelectorAll("{MAP} svg .mark-symbol path")].map((path) => path.getAttribute("fill"))"""
+)
+FAINT = f"""() => [...document.querySelectorAll("{MAP} svg .mark-symbol path")]
+    .filter((path) => Number(path.getAttribute("opacity") ?? 1) < 0.2).length"""
+
+
+@pytest.fixture(params=[1280, 390])
+def page(request, reader, page_with):
+    return reader(request.param).open(page_with('id="letter-map"'))
+
+
+def choose(page, label):
+    page.locator(f"{MAP} label", has_text=label).locator("input[type=radio]").check()
+
+
+def test_in_order_place_and_letter_colour_alike_and_shuffled_they_do_not(page):
+    by_place = page.evaluate(FILLS)
+    choose(page, "letter")
+    assert page.evaluate(FILLS) == by_place
+    page.locator(f'{MAP} input[type=radio][value="shuffled"]').check()
+    by_letter = page.evaluate(FILLS)
+    page.locator(f'{MAP} input[type=radio][value="place"]').check()
+    assert page.evaluate(FILLS) != by_letter
+
+
+def test_being_right_is_two_colours(page):
+    page.locator(f'{MAP} input[type=radio][value="right or wrong"]').check()
+    points = [fill for fill in page.evaluate(FILLS) if fill and fill.startswith(("rgb", "#"))]
+    assert len(set(page.evaluate(FILLS))) < len(points)
+
+
+def test_the_menu_changes_the_head(page):
+    menu = page.locator(f"{MAP} select")
+    names = menu.locator("option").all_text_contents()
+    expect(page.locator(f"{MAP} svg text", has_text=f"Labels that head {names[0]} looks at")).to_have_count(1)
+    menu.select_option(names[-1])
+    expect(page.locator(f"{MAP} svg text", has_text=f"Labels that head {names[-1]} looks at")).to_have_count(1)
+
+
+def test_a_click_lights_up_one_prompt(page):
+    assert page.evaluate(FAINT) == 0
+    page.locator(f"{MAP} svg .mark-symbol path").first.click(force=True)
+    page.wait_for_function(f"() => ({FAINT})() > 0")
