@@ -93,7 +93,8 @@ def execute(chapters: list[Chapter]) -> int:
 
 def settings(workers: int) -> dict[str, str]:
     """Environment of the kernels: static figures without progress bars, no network, an even share of the cores."""
-    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    # on a machine that others use, ATTNLAB_THREADS=1 is far faster than threads that wait for each other
+    threads = os.environ.get("ATTNLAB_THREADS") or str(max(1, (os.cpu_count() or 1) // workers))
     return {
         "ATTNLAB_BOOK": "1",
         "ATTNLAB_OUT": str(OUT),

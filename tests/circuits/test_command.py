@@ -269,7 +269,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL])
 def test_a_process_that_is_stopped_or_killed_goes_on_to_the_same_bits(table, blow):
-    more = ["--batch-size", "1", "--steps", "400", "--every", "0"]
+    more = ["--batch-size", "1", "--steps", "40", "--every", "0"]
     process = start(table, "c.json", *more)
     wait_for(table.with_name("c.json.checkpoint"), process)
     process.send_signal(blow)

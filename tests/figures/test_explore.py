@@ -212,6 +212,13 @@ def test_new_pairs_clear_old_results(full):
     assert full.measure() is None
 
 
+def test_one_pair_is_enough(model):
+    panel = CircuitPanel(model, "\n".join(TEXT.splitlines()[:2]))
+    for action in (panel.score_heads, panel.patch_heads, panel.find_circuit, panel.measure):
+        finished(panel, action())
+    assert "one pair, no interval" in panel.worth.value
+
+
 def test_a_second_button_waits_its_turn(panel):
     gate = threading.Event()
     panel._start(Once("waiting", gate.wait), lambda _: None)

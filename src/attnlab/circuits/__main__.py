@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -230,7 +230,8 @@ def load_model(name: str, device: str) -> HookedLM:
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {device} cannot be used ({str(error).splitlines()[0]}); use auto or cpu") from error
     if name == TINY:
-        return HookedLM(pretrained.tiny().to(where))
+        with redirect_stdout(sys.stderr):  # the bridge tells where it goes
+            return HookedLM(pretrained.tiny().to(where))
     try:
         return HookedLM(pretrained.load(name, device=where))
     except ValueError as error:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from attnlab.circuits.edges import EdgeScores
 from attnlab.circuits.export import to_dot, to_json
+from attnlab.circuits.faithfulness import Faithfulness
 from attnlab.circuits.graph import Graph, node_name
 from attnlab.circuits.model import HookedLM
 from attnlab.circuits.pairs import Pairs
@@ -112,14 +113,13 @@ class Report:
         if self.evaluation is None:
             return {}
         faithful, completeness, curve = self.evaluation
-        low, high = faithful.interval()
         columns = [name for name in ("n_heads", "n_edges", "kept") if name in curve.frame]
         return {
             "pairs": {"name": self.judges.name, "n": len(self.judges), "hash": self.judges.digest},
             "same_pairs": self.judges.digest == self.pairs.digest,
             "ablation": self.ablation,
             "faithfulness": faithful.ratio_of_means,
-            "faithfulness_interval": [low, high],
+            "faithfulness_interval": list(faithful.interval()) if len(self.judges) > 1 else None,
             "completeness": completeness,
             "cpr": curve.cpr,
             "cmd": curve.cmd,
@@ -142,17 +142,24 @@ class Report:
             top = ", ".join(f"{edge} {score:+.3f}" for edge, score in self.scores.top(5))
         lines.append(f"strongest: {top}")
         if self.evaluation is not None:
-            worth = self.worth()
-            low, high = worth["faithfulness_interval"]
-            on = "the same pairs, which flatters" if worth["same_pairs"] else f"{len(self.judges)} other pairs"
+            worth, faithful = self.worth(), self.evaluation.faithfulness
+            on = "the same pairs, which flatters" if worth["same_pairs"] else f"other pairs ({len(self.judges)})"
             lines.append(
-                f"faithfulness {worth['faithfulness']:.2f} [{low:.2f}, {high:.2f}], completeness {worth['completeness']:.2f}, "
+                f"faithfulness {with_interval(faithful)}, completeness {worth['completeness']:.2f}, "
                 f"{self.ablation} ablation, on {on}"
             )
             unit = "n_heads" if "n_heads" in worth["curve"][0] else "n_edges"
             points = ", ".join(f"{point[unit]}: {point['faithfulness']:.2f}" for point in worth["curve"])
             lines.append(f"faithfulness by number of {unit.removeprefix('n_')}: {points}")
         return "\n".join(lines)
+
+
+def with_interval(faithful: Faithfulness) -> str:
+    """Faithfulness with its 95% interval over pairs, for people; one pair has none."""
+    if len(faithful.circuit) < 2:
+        return f"{faithful.ratio_of_means:.2f} (one pair, no interval)"
+    low, high = faithful.interval()
+    return f"{faithful.ratio_of_means:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def write(out: Path, content: str | bytes) -> None:

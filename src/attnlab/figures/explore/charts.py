@@ -153,7 +153,9 @@ def exact_chart(estimate: Scores, exact: Scores) -> alt.LayerChart:
     """The exact score of chosen heads with its interval over pairs, beside the first-order estimate."""
     rows = []
     for (node,) in exact.groups:
-        low, high = exact.interval(node)
+        low, high = (
+            exact.interval(node) if len(exact.gap) > 1 else (exact.of(node), exact.of(node))
+        )  # one pair: no spread
         rows.append(
             {"head": str(node), "exact": exact.of(node), "low": low, "high": high, "estimate": estimate.of(node)}
         )

@@ -22,7 +22,7 @@ from attnlab.circuits.graph import Graph
 from attnlab.circuits.metrics import METRICS
 from attnlab.circuits.model import HookedLM, Node
 from attnlab.circuits.pairs import Pairs
-from attnlab.circuits.report import Report, choose
+from attnlab.circuits.report import Report, choose, with_interval
 from attnlab.circuits.scores import Scores
 from attnlab.circuits.ungroup import ungrouped
 from attnlab.circuits.work import SMOOTH, EdgeWork, Evaluation, EvaluationWork, HeadWork
@@ -377,10 +377,9 @@ class CircuitPanel:
 
     def _got_evaluation(self, found: Evaluation) -> None:
         self.evaluation = found
-        low, high = found.faithfulness.interval()
         self.worth.value = (
-            f"<p>Faithfulness <b>{found.faithfulness.ratio_of_means:.2f}</b> [{low:.2f}, {high:.2f}], completeness "
-            f"<b>{found.completeness:.2f}</b>, on the pairs that the circuit was found on, which flatters it.</p>"
+            f"<p>Faithfulness <b>{with_interval(found.faithfulness)}</b>, completeness <b>{found.completeness:.2f}</b>, "
+            "on the pairs that the circuit was found on, which flatters it.</p>"
         )
         self.curve_canvas.show(charts.curve_chart(found.curve.frame, self.size.value))
         self.save.refresh()

@@ -30,6 +30,7 @@ from attnlab.figures.explore.charts import (
 from attnlab.figures.palette import CONTROL, NEGATIVE, OURS, SOFTMAX
 
 DRAWN = 60  # edges in the circuit that is drawn
+CURVE = (0.0005, 0.001, 0.003, 0.01, 0.05, 0.2)  # shares of all edges at which circuits are measured
 
 
 class Study(NamedTuple):
@@ -60,6 +61,7 @@ def study(
     """
     heads = attribution_patch(model, found_on, metric=log_odds)
     edges = eap(wide, found_on, metric=log_odds, steps=steps)
+    counts = sorted({max(1, round(share * edges.wiring.n_edges)) for share in CURVE})
     rows = attention_rows(model, found_on.subset([0]), model.spec.heads)
     attention = np.stack([rows[node][0] for node in model.spec.heads])
     return Study(
@@ -69,7 +71,7 @@ def study(
         heads,
         edges,
         Graph.top_n(edges, min(drawn, edges.wiring.n_edges)).prune(),
-        sparsity_curve(wide, edges, judged_on, metric=log_odds).frame,
+        sparsity_curve(wide, edges, judged_on, counts, metric=log_odds).frame,
     )
 
 
@@ -137,7 +139,9 @@ def _map(heads: pd.DataFrame, pick: alt.Parameter, head: str, chosen: str) -> al
         color=alt.Color(
             "strength:Q",
             scale=alt.Scale(domain=[-1, 0, 1], range=[NEGATIVE, "#d0d0d0", SOFTMAX], interpolate="lab"),
-            legend=alt.Legend(title="score / strongest", orient="bottom", gradientLength=120, format="+.0f", values=[-1, 0, 1]),
+            legend=alt.Legend(
+                title="score / strongest", orient="bottom", gradientLength=120, format="+.0f", values=[-1, 0, 1]
+            ),
         ),
         tooltip=["head:N", alt.Tooltip("score:Q", format="+.3f")],
     )
