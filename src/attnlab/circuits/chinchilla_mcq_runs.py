@@ -184,7 +184,8 @@ def finetune_one(lesson: Lesson, seed: int, device: str, keep: Path | None = Non
     from attnlab.circuits import lettered_tuning
     from attnlab.models import smollm2
 
-    model, tokenizer = smollm2.load_model()
+    loaded, tokenizer = smollm2.load_model()
+    model: Any = loaded
     model = model.to(device)
     taught, asked = lettered_tuning.split_facts(seed)
     before = held_out_measures(model, tokenizer, asked)
@@ -231,8 +232,8 @@ def held_out_measures(model: Any, tokenizer: Any, facts: Sequence[tuple[str, str
     asked = lettered.questionnaire(facts)
     parts = [(numbers, label_attention(hooked, sheet)) for numbers, sheet in lettered.sheets(tokenizer, asked)]
     attention = np.concatenate([part for _, part in parts], axis=2)
-    gold = [asked[i].gold for numbers, _ in parts for i in numbers]
-    result["scores"] = np.round(correct_letter_score(gold_matrix(attention, gold)), 3).tolist()
+    order = [asked[i].gold for numbers, _ in parts for i in numbers]
+    result["scores"] = np.round(correct_letter_score(gold_matrix(attention, order)), 3).tolist()
     return result
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import permutations
 from typing import Any
 
@@ -26,11 +26,10 @@ from attnlab.circuits.chinchilla_mcq import (
     heads_above,
     is_right,
     label_attention,
-    label_logits,
     restricted_loss,
 )
 from attnlab.circuits.metrics import Readout
-from attnlab.circuits.model import HookedLM
+from attnlab.circuits.model import HookedLM, Run
 from attnlab.circuits.pairs import Pair, Pairs
 from attnlab.circuits.subspaces import (
     Subspaces,
@@ -49,7 +48,7 @@ FIT, MEASURE = 11, 12
 RANDOM_DRAWS = 10
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Small:
     """One trained model and its prompts."""
 
@@ -97,11 +96,21 @@ class Small:
     def logits(
         self, condition: str, subspaces: Subspaces | None = None, ranks: Mapping[str, int] | None = None
     ) -> Tensor:
-        """Logits of the labels ``[N, k]``, compressed likewise."""
-        sheet = self.sheets[condition]
-        chosen = self.subspaces if subspaces is None and ranks else subspaces
-        edits = compress(self.model, sheet, chosen, ranks) if chosen and ranks else ()
-        return label_logits(self.model, sheet, edits)
+        """Logits of the labels ``[N, k]``, compressed likewise; the run restarts at the lowest layer that is compressed."""
+        model, sheet, base = self.model, self.sheets[condition], self.base(condition)
+        final = base.resid[model.spec.n_layers]
+        if ranks:
+            edits = compress(model, sheet, self.subspaces if subspaces is None else subspaces, ranks)
+            with torch.no_grad():
+                run = model.resume(base, [min(edit.layer for edit in edits)], edits=edits)
+            final = run.resid[model.spec.n_layers]
+        return model.logits(model.readout(final), sheet.labels)
+
+    @cache  # noqa: B019 - a handful of models live as long as the chapter
+    def base(self, condition: str) -> Run:
+        """The run with nothing changed."""
+        with torch.no_grad():
+            return self.model.run(self.sheets[condition].tokens)
 
     def lost(self, condition: str, ranks: Mapping[str, int], subspaces: Subspaces | None = None) -> float:
         """Points of accuracy that compression costs."""
@@ -116,13 +125,6 @@ class Small:
         edits = compress(self.model, sheet, chosen, ranks) if ranks else ()
         found = gold_matrix(label_attention(self.model, sheet, edits=edits), sheet.gold)
         return {head: found[tuple(map(int, head.split(".")))] for head in self.heads}
-
-    def score(
-        self, condition: str, subspaces: Subspaces | None = None, ranks: Mapping[str, int] | None = None
-    ) -> float:
-        """Mean correct-letter score of the correct-letter heads."""
-        found = self.matrices(condition, subspaces, ranks).values()
-        return float(np.mean([correct_letter_score(matrix) for matrix in found]))
 
     def random(self, seed: int) -> Subspaces:
         """Random subspaces in place of the fitted ones."""
@@ -249,7 +251,6 @@ def rank_rows(small: Small, conditions: Sequence[str], ranks: Sequence[int]) -> 
                         "rank": rank,
                         "accuracy": 100 * float(is_right(logits, gold).mean()),
                         "loss": float(restricted_loss(logits, gold).mean()),
-                        "score": small.score(condition, None, dict.fromkeys(parts, rank)),
                     }
                 )
     return rows
