@@ -121,7 +121,8 @@ def train(folder: Path, commit: str, families: Sequence[str] = tuple(FAMILIES)) 
                     **measured,
                 }
             )
-            records.write(record, rows, sources=SOURCES, command=f"{MODULE} --train records/models", commit=commit)
+            command = f"{MODULE} --train records/models --families {' '.join(families)}"
+            records.write(record, rows, sources=SOURCES, command=command, commit=commit)
             print(f"{path.name}: {measured['seconds']:.0f} s, {measured['accuracy']}", flush=True)
 
 

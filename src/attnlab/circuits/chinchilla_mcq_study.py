@@ -218,9 +218,14 @@ def key_shares(small: Small) -> list[dict[str, Any]]:
     for head, tables in head_vectors(small.model, sheet, small.heads).items():
         for part, name in (("k", "keys"), ("v", "values")):
             vectors = tables[part].flatten(0, 1)
-            shares = two_factor_shares(vectors, place.flatten(), sheet.labels.flatten())
-            shares["right or wrong"] = share_of(vectors, right.flatten())
-            shares["rest"] -= shares["right or wrong"]
+            both = two_factor_shares(vectors, place.flatten(), sheet.labels.flatten())
+            known = share_of(vectors, right.flatten())
+            shares = {
+                "right or wrong": known,
+                "place": both["place"],
+                "letter": both["letter"],
+                "rest": both["rest"] - known,
+            }
             rows.append({"model": f"{small.family} {small.seed}", "head": head, "part": name, **shares})
     return rows
 

@@ -105,7 +105,8 @@ def sheets(
         for start in range(0, len(group), size):
             numbers = group[start : start + size]
             tables = [torch.tensor([encoded[i][part] for i in numbers]) for part in range(3)]
-            yield numbers, Sheet(*tables, torch.tensor([asked[i].gold for i in numbers]))
+            tokens, labels, places = tables
+            yield numbers, Sheet(tokens, labels, places, torch.tensor([asked[i].gold for i in numbers]))
 
 
 def by_letter(model: HookedLM, asked: Sequence[Asked], before: str = "") -> Tensor:
