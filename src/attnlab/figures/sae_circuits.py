@@ -78,8 +78,8 @@ def barcode(frame: pd.DataFrame, m: int, n: int, theta: int = 3) -> alt.VConcatC
         here = alt.Chart(frame).transform_filter("datum.m == m_ && datum.n == n_")
     else:
         here = alt.Chart(frame)
-    chart = alt.vconcat(_cells(here, frame), alt.hconcat(_curve(here), _sentence(here), spacing=12), spacing=12)
-    titled: alt.VConcatChart = chart.properties(title="Which heads use new codes on prompts that can be answered?")
+    chart: Any = alt.vconcat(_cells(here, frame), alt.hconcat(_curve(here), _sentence(here), spacing=12), spacing=12)
+    titled: alt.VConcatChart = chart.properties(title=["Which heads use new codes", "on prompts that can be answered?"])
     return titled.add_params(*params).resolve_scale(color="independent")
 
 
@@ -124,8 +124,9 @@ def _cells(here: alt.Chart, frame: pd.DataFrame) -> alt.LayerChart:
         .mark_point(filled=True, size=55, color=OURS, opacity=1)
         .encode(x=alt.value(end + 30), y=y, tooltip=["head:N"])
     )
-    layers: alt.LayerChart = alt.layer(cells, border, scores, marks)
-    return layers.properties(width=end, height=alt.Step(14))
+    layers: Any = alt.layer(cells, border, scores, marks)
+    done: alt.LayerChart = layers.properties(width=end, height=alt.Step(14))
+    return done
 
 
 def _counts(here: alt.Chart) -> alt.Chart:
@@ -166,8 +167,9 @@ def _curve(here: alt.Chart) -> alt.LayerChart:
         .encode(x=x, y=y)
     )
     point = _counts(here).mark_point(filled=True, size=160, color=NEGATIVE, opacity=1).encode(x=x, y=y)
-    layers: alt.LayerChart = alt.layer(chance, stairs, point)
-    return layers.properties(width=120, height=120)
+    layers: Any = alt.layer(chance, stairs, point)
+    done: alt.LayerChart = layers.properties(width=120, height=120)
+    return done
 
 
 def _sentence(here: alt.Chart) -> alt.LayerChart:
@@ -186,8 +188,9 @@ def _sentence(here: alt.Chart) -> alt.LayerChart:
             ]
         )
     ]
-    layers: alt.LayerChart = alt.layer(*lines)
-    return layers.properties(width=130, height=70)
+    layers: Any = alt.layer(*lines)
+    done: alt.LayerChart = layers.properties(width=130, height=70)
+    return done
 
 
 def barcode_explorer(frame: pd.DataFrame) -> Twin:
@@ -214,7 +217,7 @@ def auc_chart(rows: Iterable[Mapping[str, Any]], title: str, what: str = "model"
     dots = table.groupby(["method", "model"], sort=False, as_index=False).auc.mean()
     means = dots.groupby("method", sort=False, as_index=False).auc.mean().sort_values("auc", ascending=False)
     y = alt.Y("method:N", title=None, sort=means.method.tolist(), axis=alt.Axis(labelLimit=210))
-    x = alt.X("auc:Q", title="ROC AUC", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(tickCount=5))
+    x = alt.X("auc:Q", title="ROC AUC", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(values=[0, 0.25, 0.5, 0.75, 1]))
     colour = alt.condition("test(/^SAE/, datum.method)", alt.value(SOFTMAX), alt.value(CONTROL))
     points = (
         alt.Chart(dots)
@@ -232,8 +235,9 @@ def auc_chart(rows: Iterable[Mapping[str, Any]], title: str, what: str = "model"
         .mark_rule(strokeDash=[4, 4], color=PAPER, strokeWidth=2)
         .encode(x="auc:Q")
     )
-    chart: alt.LayerChart = alt.layer(chance, points, ticks)
-    return chart.properties(width=150, height=alt.Step(20), title=title)
+    chart: Any = alt.layer(chance, points, ticks)
+    done: alt.LayerChart = chart.properties(width=150, height=alt.Step(20), title=title)
+    return done
 
 
 def count_chart(rows: Iterable[Mapping[str, Any]], count: str, x_title: str, title: str) -> alt.LayerChart:
@@ -243,7 +247,7 @@ def count_chart(rows: Iterable[Mapping[str, Any]], count: str, x_title: str, tit
     x = alt.X(
         f"{count}:Q",
         title=x_title,
-        scale=alt.Scale(type="log"),
+        scale=alt.Scale(type="log", domain=[int(table[count].min()), int(table[count].max())], nice=False, padding=8),
         axis=alt.Axis(values=sorted(set(table[count].tolist()))),
     )
     y = alt.Y("auc:Q", title="ROC AUC", scale=alt.Scale(domain=[0, 1]))
@@ -259,8 +263,9 @@ def count_chart(rows: Iterable[Mapping[str, Any]], count: str, x_title: str, tit
         .encode(x=x, y=y, color=colour, tooltip=["statistic:N", f"{count}:Q", alt.Tooltip("auc:Q", format=".2f")])
     )
     chance = alt.Chart(pd.DataFrame({"auc": [0.5]})).mark_rule(strokeDash=[4, 4], color=PAPER).encode(y="auc:Q")
-    chart: alt.LayerChart = alt.layer(chance, thin, thick)
-    return chart.properties(width=250, height=200, title=title)
+    chart: Any = alt.layer(chance, thin, thick)
+    done: alt.LayerChart = chart.properties(width=250, height=200, title=title)
+    return done
 
 
 def curve_chart(curves: pd.DataFrame, title: str) -> alt.LayerChart:
@@ -280,5 +285,6 @@ def curve_chart(curves: pd.DataFrame, title: str) -> alt.LayerChart:
         .encode(x=x, y=y, color=colour, tooltip=["ranking:N", "kept:Q", alt.Tooltip("faithfulness:Q", format=".0%")])
     )
     whole = alt.Chart(pd.DataFrame({"faithfulness": [1]})).mark_rule(strokeDash=[4, 4]).encode(y="faithfulness:Q")
-    chart: alt.LayerChart = alt.layer(whole, lines)
-    return chart.properties(width=250, height=220, title=title)
+    chart: Any = alt.layer(whole, lines)
+    done: alt.LayerChart = chart.properties(width=250, height=220, title=title)
+    return done
