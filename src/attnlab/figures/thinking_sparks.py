@@ -351,7 +351,7 @@ def distance_chart(moves: pd.DataFrame) -> Any:
         )
     )
     return points.add_params(pick, regime).properties(
-        width=270, height=200, title="Or did one method only move further?"
+        width=270, height=200, title="Did one method only move further?"
     )
 
 
@@ -391,4 +391,4 @@ def mode_chart(shares: pd.DataFrame, tau: float) -> Any:
     dash: dict[str, Any] = {"strokeDash": [4, 4], "opacity": 0.6}
     rules = alt.Chart(line).mark_rule(**dash).encode(x="tau:Q") + alt.Chart(line).mark_rule(**dash).encode(y="tau:Q")
     both: Any = points + rules
-    return both.properties(width=250, height=250, title="Two modes, one model: which heads carry the answer?")
+    return both.properties(width=250, height=250, title="Which heads carry the answer in each mode?")
