@@ -178,7 +178,7 @@ def _sentence(here: alt.Chart) -> alt.LayerChart:
     style: dict[str, Any] = {"align": "left", "x": 0}
     lines = [
         counted.transform_calculate(line=text)
-        .mark_text(**style, y=20 + 20 * i, fontWeight=weight)
+        .mark_text(**(style | {"y": 20 + 20 * i, "fontWeight": weight}))
         .encode(text="line:N")
         for i, (text, weight) in enumerate(
             [
