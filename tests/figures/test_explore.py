@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +86,7 @@ def test_what_is_wrong_stands_beside_its_row_and_the_text_stays(panel):
 
 def upload(panel, name: str, content: bytes) -> None:
     panel.prompts.upload.value = (
-        {"name": name, "type": "", "size": len(content), "content": content, "last_modified": 0},
+        {"name": name, "type": "", "size": len(content), "content": content, "last_modified": datetime.now(UTC)},
     )
 
 
@@ -200,6 +201,17 @@ def test_a_click_on_the_map_looks_at_a_head_and_selects_it(full):
     full._picked("1.2")
     assert full.head.value == "1.2"
     assert set(full.chosen.value) == {"0.0", "1.2"}
+
+
+def test_a_click_of_a_browser_arrives(full, monkeypatch):
+    monkeypatch.undo()  # the live kind of chart
+    monkeypatch.delenv("ATTNLAB_BOOK", raising=False)
+    pytest.importorskip("anywidget")
+    finished(full, full.score_heads())
+    (live,) = full.map_canvas.widget.children
+    live._vl_selections = {"pick": {"value": {"vlPoint": {"or": [{"head": "1.4"}]}, "head": ["1.4"]}, "store": []}}
+    assert full.head.value == "1.4"
+    assert "1.4" in full.chosen.value
 
 
 def test_new_pairs_clear_old_results(full):

@@ -45,7 +45,9 @@ class SaveBox:
 
     def _forms(self) -> None:
         thing = self.things().get(self.what.value)
-        self.form.options = [] if thing is None else formats(thing)
+        names = [] if thing is None else formats(thing)
+        self.form.options = names
+        self.form.value = names[0] if names else None  # a list that replaces an empty one selects nothing by itself
 
     def save(self) -> Path | None:
         """Write the file and offer it as a download; say what went wrong if something did."""
