@@ -56,6 +56,39 @@ def test_models_that_are_not_there_are_refused_with_the_command(tmp_path):
         runs.load_models("lines", tmp_path)
 
 
+def test_the_command_teaches_with_its_settings_and_records(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def lesson_of(lesson, seed, device, keep):
+        asked.append((lesson.steps, lesson.lr, seed, device, keep.name))
+        return {"seed": seed, "before": {}, "after": {}, "seconds": 1.0, "heads": []}
+
+    monkeypatch.setattr(runs, "finetune_one", lesson_of)
+    out = tmp_path / "chinchilla-mcq-finetune.json"
+    runs.main(
+        [
+            "--finetune",
+            str(out),
+            "--seeds",
+            "4",
+            "5",
+            "--steps",
+            "7",
+            "--lr",
+            "0.01",
+            "--device",
+            "cpu",
+            "--commit",
+            "abc",
+        ]
+    )
+    assert asked == [(7, 0.01, seed, "cpu", f"chinchilla-mcq-smollm2-{seed}.safetensors") for seed in (4, 5)]
+    record = records.load(out.stem, tmp_path)
+    assert [row["seed"] for row in record.rows] == [4, 5]
+    assert record.command.endswith("--finetune records/chinchilla-mcq-finetune.json --seeds 4 5 --steps 7 --device cpu")
+    assert not record.changed()
+
+
 def test_the_shipped_models_are_those_of_their_records():
     rows = [
         row
