@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 
 from attnlab.circuits.thinking_sparks import TAU, TAUS, Shares, Timeline, effect
+from attnlab.circuits.thinking_sparks_runs import AGAIN as NOISE
 from attnlab.figures.palette import CONTROL, NEGATIVE, OURS, PAPER, SOFTMAX
 from attnlab.figures.twin import Twin, twin
 
-NOISE = "base, other prompts"
 RUNS = {"SFT": SOFTMAX, "GRPO": NEGATIVE, "drift": OURS, NOISE: CONTROL}
 #: heads of the base, then one colour a checkpoint, early to late
 COHORTS = [
@@ -350,9 +350,7 @@ def distance_chart(moves: pd.DataFrame) -> Any:
             tooltip=["method:N", "seed:N", "updates:Q", alt.Tooltip("kl:Q", format=".3f"), "emergent:Q"],
         )
     )
-    return points.add_params(pick, regime).properties(
-        width=270, height=200, title="Did one method only move further?"
-    )
+    return points.add_params(pick, regime).properties(width=270, height=200, title="Did one method only move further?")
 
 
 def mode_chart(shares: pd.DataFrame, tau: float) -> Any:
