@@ -51,7 +51,7 @@ def ring_attention(
         ValueError: sizes, dtypes or devices that do not fit, here or (the message names the rank) between ranks.
     """
     at = _places(q, k, v, wire, layout)
-    return _Ring.apply(q, k, v, wire, at, _settings(q, causal, scale, block_size, layout))
+    return Ring.apply(q, k, v, wire, at, _settings(q, causal, scale, block_size, layout))
 
 
 def gathered_attention(
@@ -74,7 +74,7 @@ def gathered_attention(
     whole = at.flatten().argsort()  # ascending positions, as blocks want them
     k, v = (x.transpose(0, 1).flatten(1, 2).index_select(1, whole) for x in (k, v))
     settings = _settings(q, causal, scale, block_size, layout)
-    return _Local.apply(q, k, v, at[wire.rank], torch.arange(k.shape[1], device=q.device), settings)
+    return Local.apply(q, k, v, at[wire.rank], torch.arange(k.shape[1], device=q.device), settings)
 
 
 def ulysses_attention(
@@ -103,14 +103,16 @@ def ulysses_attention(
     q, k, v = (_by_heads(x, wire).index_select(1, order) for x in (q, k, v))  # [B, T, H / ranks, D]
     everywhere = torch.arange(q.shape[1], device=q.device)
     settings = _settings(q, causal, scale, block_size, layout)
-    o = _Local.apply(q, k, v, everywhere, everywhere, settings)
+    o = Local.apply(q, k, v, everywhere, everywhere, settings)
     return _by_tokens(o.index_select(1, order.argsort()), wire)
 
 
 # ---------------------------------------------------------------------------------------------------------------- the ring
 
 
-class _Ring(torch.autograd.Function):
+class Ring(torch.autograd.Function):
+    """Forward: keys and values go round. Backward: once more, with their gradients, which come home."""
+
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, wire: Wire, at: Tensor, settings: Settings) -> Tensor:
         ctx.wire, ctx.settings = wire, settings
@@ -145,7 +147,9 @@ class _Ring(torch.autograd.Function):
 # ------------------------------------------------------------------------------------------------------- one rank, all keys
 
 
-class _Local(torch.autograd.Function):
+class Local(torch.autograd.Function):
+    """Attention over keys that are all here, block by block, with the same backward."""
+
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, q_at: Tensor, k_at: Tensor, settings: Settings) -> Tensor:
         total = _nothing(q, v)

@@ -16,7 +16,7 @@ from torch import Tensor
 from attnlab.scale.attention import gathered_attention, ring_attention, ulysses_attention
 from attnlab.scale.layouts import LAYOUTS, Layout, shard
 from attnlab.scale.traffic import METHODS, Method, bytes_sent
-from attnlab.scale.wire import Wire
+from attnlab.scale.wire import ThreadWire, Wire
 
 FORMS = {"ring": ring_attention, "ulysses": ulysses_attention, "gathered": gathered_attention}
 
@@ -89,6 +89,18 @@ def compare(wire: Wire, method: Method, layout: Layout, problem: Problem, repeat
             for x, y in zip(found[parts], wanted, strict=True)
         )
     return row
+
+
+def local_only_error(problem: Problem, ranks: int) -> float:
+    """What would be lost without a wire: the largest relative difference to one process if ranks saw their own tokens only."""
+    wanted = one_process(problem)[0]
+    worst = 0.0
+    for mine, whole in zip(
+        zip(*(shard(x, ranks) for x in problem.draw()[:3]), strict=True), shard(wanted, ranks), strict=True
+    ):
+        alone = ring_attention(*mine, ThreadWire(0, 1, [], 1.0), causal=problem.causal, layout="contiguous")
+        worst = max(worst, float((alone - whole).abs().max() / wanted.abs().max()))
+    return worst
 
 
 def every_form(wire: Wire, problem: Problem, repeats: int = 3) -> list[dict[str, Any]]:

@@ -79,7 +79,7 @@ def peak_ring(length: int, ranks: int, block_size: int | None = None) -> int:
     return max(threads(_ring_peak, ranks, length // ranks, block_size))
 
 
-def longest(peak: Callable[[int], int], budget: int, lengths: tuple[int, int, int] = (256, 512, 1024)) -> int:
+def longest(peak: Callable[[int], int], budget: int, lengths: tuple[int, int, int] = (512, 1024, 2048)) -> int:
     """The longest sequence within ``budget`` bytes, from three measured lengths.
 
     Peaks are sums of tensors, so they are a polynomial of the length of degree 2 at most: three lengths determine it.
@@ -91,8 +91,8 @@ def longest(peak: Callable[[int], int], budget: int, lengths: tuple[int, int, in
 
 
 def _ring_peak(wire: Wire, tokens: int, block_size: int | None) -> int:
-    settings = {"layout": "contiguous", "block_size": block_size or tokens}
-    return _peak(lambda: ring_attention(*_draw(tokens), wire, **settings))
+    size = block_size or tokens
+    return _peak(lambda: ring_attention(*_draw(tokens), wire, layout="contiguous", block_size=size))
 
 
 def _draw(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
