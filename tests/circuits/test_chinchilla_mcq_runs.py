@@ -18,9 +18,9 @@ from attnlab.circuits.subspaces import fit_heads
 def tiny(monkeypatch):
     """Families that train in a second."""
     monkeypatch.setattr(runs, "SIZES", {"n_layers": 1, "n_heads": 2, "d_model": 8, "d_mlp": 8})
-    monkeypatch.setattr(runs, "TEST", 16)
+    monkeypatch.setattr(runs, "BATCH", 4)
     short = {
-        name: dataclasses.replace(family, steps=3, seeds=(0, 1))
+        name: dataclasses.replace(family, steps=51, seeds=(0, 1))
         for name, family in runs.FAMILIES.items()
         if name != "order"
     }
