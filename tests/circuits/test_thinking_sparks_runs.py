@@ -178,3 +178,10 @@ def test_tables_of_the_page():
     shown = tables.cards([*rows, *judged.values()], "sft-heads-stay", "not-only-step-size")
     assert [card.claim.id for card in shown] == ["sft-heads-stay", "not-only-step-size"]
     assert tables.cards(rows, "sft-heads-stay") == []
+    named = tables.newcomers(rows, 0.05)
+    assert named.loc[("switch", 1)].tolist() == ["0.1, 0.2", "none", 0]
+    said = tables.findings([*rows, *judged.values()], 0.05)
+    assert said[0].startswith(
+        "sharpen, means of 2 seeds: 2.0 emergent heads after SFT, 0.0 after GRPO, 0.0 after drift, 0.5"
+    )
+    assert len(said) == 2 + len(claims.load("thinking-sparks"))

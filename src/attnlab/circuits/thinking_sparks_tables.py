@@ -70,3 +70,33 @@ def cards(rows: Sequence[dict[str, Any]], *ids: str) -> list[claims.Card]:
     by_name = {row["claim"]: row for row in rows if "claim" in row}
     names = [f"thinking-sparks/{claim}" for claim in ids]
     return [claims.Card(claims.get(name), by_name[name]) for name in names if name in by_name]  # type: ignore[arg-type]
+
+
+def newcomers(rows: Sequence[dict[str, Any]], tau: float = ts.TAU) -> pd.DataFrame:
+    """Which heads emerged under SFT and under GRPO by the last update, by regime and seed: columns ``SFT, GRPO, in both``."""
+    runs = timelines(rows)
+    found = {}
+    for regime, seed in dict.fromkeys((regime, seed) for regime, _, seed in runs):
+        sets = {}
+        for method in ("SFT", "GRPO"):
+            shares = runs[regime, method, seed].shares
+            sets[method] = {f"{la}.{h}" for la, h in np.argwhere(ts.emergent(shares[-1], shares[0], tau))}
+        named = {method: ", ".join(sorted(heads)) or "none" for method, heads in sets.items()}
+        found[regime, seed] = named | {"in both": len(sets["SFT"] & sets["GRPO"])}
+    return pd.DataFrame.from_dict(found, orient="index").rename_axis(["regime", "seed"])
+
+
+def findings(rows: Sequence[dict[str, Any]], tau: float = ts.TAU) -> list[str]:
+    """What a record says, one sentence a regime and one a claim; verdicts are those of its rows."""
+    table = summary(rows, tau)
+    seeds = len({row["seed"] for row in rows if "seed" in row})
+    said = []
+    for regime in dict.fromkeys(table.index.get_level_values(0)):
+        new = table.loc[regime].emergent
+        said.append(
+            f"{regime}, means of {seeds} seeds: {new['SFT']:.1f} emergent heads after SFT, {new['GRPO']:.1f} after GRPO, "
+            f"{new['drift']:.1f} after drift, {new[AGAIN]:.1f} between two prompt samples of the base"
+        )
+    for card in cards(rows, *claims.load("thinking-sparks")):
+        said.append(f"{card.verdict}: {card.claim.statement}")
+    return said
