@@ -22,9 +22,12 @@ def kept(page) -> tuple[int, int]:
 
 
 def rows(page) -> list[str]:
-    """The labels of the heads from top to bottom."""
-    labels = page.locator(f"{BARCODE} svg .role-axis-label text").all_text_contents()
-    return [label for label in labels if re.fullmatch(r"\d\.\d", label)]
+    """The labels of the heads from top to bottom, wherever they stand in the document."""
+    labels = page.evaluate(
+        f"""() => [...document.querySelectorAll("{BARCODE} svg .role-axis-label text")]
+            .map((label) => [label.getBoundingClientRect().top, label.textContent]).sort((a, b) => a[0] - b[0])"""
+    )
+    return [label for _, label in labels if re.fullmatch(r"\d\.\d", label)]
 
 
 def test_the_slider_changes_what_is_kept(page):
