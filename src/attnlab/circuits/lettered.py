@@ -104,9 +104,9 @@ def sheets(
     for group in by_length.values():
         for start in range(0, len(group), size):
             numbers = group[start : start + size]
-            tables = [torch.tensor([encoded[i][part] for i in numbers]) for part in range(3)]
-            tokens, labels, places = tables
-            yield numbers, Sheet(tokens, labels, places, torch.tensor([asked[i].gold for i in numbers]))
+            chosen = [encoded[i] for i in numbers]
+            prompts, labels, places = (torch.tensor([item[part] for item in chosen]) for part in range(3))
+            yield numbers, Sheet(prompts, labels, places, torch.tensor([asked[i].gold for i in numbers]))
 
 
 def by_letter(model: HookedLM, asked: Sequence[Asked], before: str = "") -> Tensor:
