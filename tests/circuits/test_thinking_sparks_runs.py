@@ -29,6 +29,12 @@ TINY = Plan(
 )
 
 
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The null distribution of a rank correlation takes seconds; its shape is not what is tested here."""
+    monkeypatch.setattr(runs._following, "__defaults__", (40,))
+
+
 def line(method: str, shares: list[list[float]], kl: list[float], reward: list[float] | None = None) -> Timeline:
     """A run of one layer of heads."""
     n = len(shares)
@@ -119,6 +125,7 @@ def test_student_interval_and_ranks():
 def test_the_command_writes_a_record_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(runs, "PROBLEMS", 20)
     monkeypatch.setattr(runs, "PAIRS_A_STEP", 2)
+    monkeypatch.setattr(runs, "SAMPLED", 3)
     path = tmp_path / "thinking-sparks.json"
     options = {"commit": "abc", "command": "tried"}
     runs.write_record(path, [0], TINY, **options)
@@ -144,6 +151,7 @@ def test_the_command_writes_a_record_and_goes_on(tmp_path: Path, monkeypatch: py
 def test_a_look_at_every_checkpoint(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(runs, "PROBLEMS", 20)
     monkeypatch.setattr(runs, "PAIRS_A_STEP", 2)
+    monkeypatch.setattr(runs, "SAMPLED", 3)
     looks = runs.Looks(seed=0)
     rows, models = runs.measure_regime("sharpen", runs.bases(TINY, 0, ["sharpen"])["sharpen"], TINY, 0, looks)
     assert list(looks.rows) == [(method, at) for method in ("SFT", "GRPO", "drift") for at in (0, 2, 4)]
