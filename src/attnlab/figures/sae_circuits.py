@@ -193,8 +193,9 @@ def _sentence(here: alt.Chart) -> alt.LayerChart:
     return done
 
 
-def barcode_explorer(frame: pd.DataFrame) -> Twin:
-    """Widgets over the settings of a :func:`barcode_frame`; draws the same :func:`barcode` for one of them."""
+def barcode_explorer(frame: pd.DataFrame, m: int | None = None, n: int | None = None) -> Twin:
+    """Widgets over the settings of a :func:`barcode_frame`; draws the same :func:`barcode` for one of them, first (m, n)."""
+    features, prompts = sorted(set(frame.m.tolist())), sorted(set(frame.n.tolist()))
 
     def look(m: int, n: int, theta: int) -> alt.VConcatChart:
         chosen = frame[(frame.m == m) & (frame.n == n)]
@@ -204,8 +205,8 @@ def barcode_explorer(frame: pd.DataFrame) -> Twin:
 
     return twin(
         look,
-        m=ipywidgets.SelectionSlider(options=sorted(set(frame.m.tolist())), description="features m"),
-        n=ipywidgets.SelectionSlider(options=sorted(set(frame.n.tolist())), description="prompts n"),
+        m=ipywidgets.SelectionSlider(options=features, value=m or features[0], description="features m"),
+        n=ipywidgets.SelectionSlider(options=prompts, value=n or prompts[0], description="prompts n"),
         theta=ipywidgets.IntSlider(value=3, min=1, max=12, description="threshold"),
     )
 
