@@ -96,7 +96,7 @@ def spark_map(
         .transform_calculate(
             line="datum.kept + ' heads in the circuit: ' + datum.new + ' new, ' + datum.gone + ' lost'"
         )
-        .mark_text(align="left", x=0, y=8, fontWeight="bold", fontSize=14)
+        .mark_text(align="left", x=0, y=8, fontWeight="bold")
         .encode(text="line:N")
         .properties(width=270, height=16)
     )
@@ -237,11 +237,11 @@ def _looks(heads: pd.DataFrame, words: Sequence[str], pick: alt.Parameter) -> An
     )
     base = attention("datum.updates == 0").mark_tick(color=PAPER, thickness=3, height=13).encode(x=x, y=y)
     said = named.transform_filter("datum.updates == at").transform_calculate(
-        one="'Head ' + datum.head + ': ' + format(datum.share, '.1%') + ' of the flow, ' + format(datum.before, '.1%') + ' in the base'",
-        two="'Swap it: ' + format(datum.drop, '.0%') + ' of the answer goes, ' + format(datum.base_drop, '.0%') + ' in the base'",
+        one="'Head ' + datum.head + ': ' + format(datum.share, '.1%') + ' of the flow (base ' + format(datum.before, '.1%') + ')'",
+        two="'Swap it: ' + format(datum.drop, '.0%') + ' of the answer goes (base ' + format(datum.base_drop, '.0%') + ')'",
     )
     text: dict[str, Any] = {"align": "left", "x": 0}
-    lines: Any = said.mark_text(**text, y=6, fontWeight="bold", fontSize=13).encode(text="one:N") + said.mark_text(
+    lines: Any = said.mark_text(**text, y=6, fontWeight="bold").encode(text="one:N") + said.mark_text(
         **text, y=24
     ).encode(text="two:N")
     panel: Any = bars + base
@@ -301,7 +301,7 @@ def threshold_chart(counts: pd.DataFrame) -> alt.LayerChart:
     colour = alt.Color(
         "method:N",
         scale=alt.Scale(domain=names, range=[RUNS[name] for name in names]),
-        legend=alt.Legend(title=None, orient="top", columns=2),
+        legend=alt.Legend(title=None, orient="top", columns=2, symbolOpacity=1),
     )
     x = alt.X("tau:Q", title="threshold, share of the importance", axis=alt.Axis(format="%", tickCount=5))
     y = alt.Y("heads:Q", title="heads of 24", scale=alt.Scale(domainMin=0))
@@ -311,7 +311,7 @@ def threshold_chart(counts: pd.DataFrame) -> alt.LayerChart:
         alt.Tooltip("heads:Q", title="heads, mean", format=".1f"),
     ]
     seeds = chosen.mark_point(size=18, opacity=0.45, filled=True).encode(
-        x=x, y=y, color=colour, xOffset=alt.XOffset("method:N", sort=names), tooltip=["seed:N", "method:N", "heads:Q"]
+        x=x, y=y, color=colour, tooltip=["seed:N", "method:N", "heads:Q"]
     )
     means = chosen.transform_aggregate(heads="mean(heads)", groupby=["method", "tau"]).mark_line(
         strokeWidth=2.5, point=True
@@ -338,9 +338,12 @@ def distance_chart(moves: pd.DataFrame) -> Any:
         .mark_point(filled=True, size=45)
         .encode(
             x=alt.X(
-                "kl:Q", title="KL from the base, nats a token", scale=alt.Scale(type="log"), axis=alt.Axis(tickCount=4)
+                "kl:Q",
+                title="KL from the base, nats a token",
+                scale=alt.Scale(type="log", nice=False, padding=12),
+                axis=alt.Axis(tickCount=4),
             ),
-            y=alt.Y("spread:Q", title="emergent heads of 24"),
+            y=alt.Y("spread:Q", title="emergent heads of 24", axis=alt.Axis(tickMinStep=1, format="d")),
             color=alt.Color(
                 "method:N",
                 scale=alt.Scale(domain=names, range=[RUNS[name] for name in names]),
