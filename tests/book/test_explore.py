@@ -10,7 +10,8 @@ TASKS = ("IOI", "Colored Objects", "Greater-than")
 TOKENS = f"""() => [...document.querySelectorAll("{BOX} svg text")].filter((t) => (getComputedStyle(t).fontFamily || "").includes("mono"))
     .map((t) => t.textContent).join("")"""
 BACKGROUND = f"""() => [...document.querySelectorAll("{BOX} svg .mark-rect path")].map((p) => p.getAttribute("opacity")).join()"""
-FAINT = f"""() => [...document.querySelectorAll("{BOX} svg .mark-rule line")].filter((l) => Number(l.getAttribute("opacity")) < 0.1).length"""
+FAINT = f"""() => [...document.querySelectorAll("{BOX} svg .mark-rule line[opacity]")]
+    .filter((line) => Number(line.getAttribute("opacity")) < 0.1).length"""
 
 
 @pytest.fixture(params=[1280, 390])
@@ -19,7 +20,7 @@ def page(request, reader, page_with):
 
 
 def heading(page) -> str:
-    return page.locator(f"{BOX} svg text").filter(has_text=re.compile(r"^Where the last token looks")).text_content()
+    return page.locator(f"{BOX} svg text").filter(has_text=re.compile(r"where END looks$")).text_content()
 
 
 def test_every_task_shows_its_own_prompt_heads_and_circuit(page):

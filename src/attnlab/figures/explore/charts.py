@@ -14,7 +14,8 @@ from attnlab.circuits.model import Node
 from attnlab.circuits.scores import Scores
 from attnlab.figures.palette import CONTROL, NEGATIVE, OURS, SOFTMAX
 
-STRIP_WIDTH, LETTER, LINE = 330, 7.9, 22  # pixels: width of a text of tokens, of a letter in it, height of a line
+#: pixels: width of a text of tokens (a phone shows it unshrunk), of a letter in it, height of a line
+STRIP_WIDTH, LETTER, LINE = 240, 7.9, 20
 SIGN = alt.Scale(domain=["helps", "opposes"], range=[SOFTMAX, NEGATIVE])
 
 
@@ -139,7 +140,7 @@ def head_map(scores: Scores, picked: str = "") -> alt.LayerChart:
     cells = base.mark_rect(cornerRadius=2).encode(
         color=score_colour(largest), tooltip=["head:N", alt.Tooltip("score:Q", format="+.3f")]
     )
-    mark = base.mark_rect(fill=None, stroke="currentColor", strokeWidth=2.5, cornerRadius=2).transform_filter(pick)
+    mark = base.mark_rect(fill=None, stroke="#111111", strokeWidth=2.5, cornerRadius=2).transform_filter(pick)
     chart: alt.LayerChart = (cells.add_params(pick) + mark).properties(
         width=alt.Step(18),
         height=alt.Step(11),
@@ -255,10 +256,10 @@ def graph_marks(
         opacity=alt.condition(mine, alt.value(0.75), alt.value(0.06)),
         tooltip=["src:N", "dst:N", "port:N", alt.Tooltip("score:Q", format="+.3f")],
     )
-    dots = nodes.mark_circle(size=330, opacity=1, color="#f2f2f2", stroke=CONTROL, strokeWidth=1).encode(
+    dots = nodes.mark_circle(size=560, opacity=1, color="#f2f2f2", stroke=CONTROL, strokeWidth=1).encode(
         x=x, y=y, tooltip=["node:N", alt.Tooltip("score:Q", title="sum of its edges", format="+.3f")]
     )
-    labels = nodes.mark_text(fontSize=9.5, color="#111111").encode(x=x, y=y, text="node:N")
+    labels = nodes.mark_text(fontSize=9, color="#111111").encode(x=x, y=y, text="node:N")
     chart: alt.LayerChart = lines + dots.add_params(pick) + labels
     return chart
 

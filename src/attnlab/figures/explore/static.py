@@ -145,7 +145,7 @@ def _map(heads: pd.DataFrame, pick: alt.Parameter, head: str, chosen: str) -> al
         ),
         tooltip=["head:N", alt.Tooltip("score:Q", format="+.3f")],
     )
-    frame = base.mark_rect(fill=None, stroke="currentColor", strokeWidth=2.5, cornerRadius=2).transform_filter(
+    frame = base.mark_rect(fill=None, stroke="#111111", strokeWidth=2.5, cornerRadius=2).transform_filter(
         f"datum.head == {head}"
     )
     chart: alt.LayerChart = (cells.add_params(pick) + frame).properties(
@@ -162,7 +162,7 @@ def _attention(frames: dict[str, pd.DataFrame], head: str, chosen: str, lines: i
         .transform_lookup(lookup="key", from_=alt.LookupData(frames["attention"], key="key", fields=["a"]))
         .transform_calculate(attention="datum.a[datum.i] / 100")
     )
-    title = alt.TitleParams(text=alt.expr(f"'Where the last token looks: head ' + {head}"))
+    title = alt.TitleParams(text=alt.expr(f"'Head ' + {head} + ': where END looks'"))
     return strip_marks(base, "attention", lines).properties(title=title)
 
 
@@ -212,8 +212,8 @@ def _curve(curve: pd.DataFrame, chosen: str, names: Sequence[str]) -> alt.LayerC
     whole = alt.Chart(pd.DataFrame({"y": [1.0]})).mark_rule(strokeDash=[4, 4], color=CONTROL).encode(y="y:Q")
     points = mine.mark_point(color=OURS, filled=True, size=60, opacity=1)
     chart: alt.LayerChart = (whole + others + mine.mark_line(color=OURS, strokeWidth=2.5) + points).properties(
-        width=STRIP_WIDTH - 40,
-        height=7 * LINE,
+        width=STRIP_WIDTH,
+        height=8 * LINE,
         title=alt.TitleParams("How small can the circuit be?", subtitle="green: the chosen task, grey: the others"),
     )
     return chart
