@@ -19,6 +19,8 @@ from typing import Any
 import grimp
 import yaml
 
+from attnlab import papers
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "attnlab"
 BUILD = ROOT / "_build"
@@ -35,6 +37,11 @@ class Chapter:
     @property
     def slug(self) -> str:
         return self.name.rsplit("/", 1)[-1]
+
+    @property
+    def paper(self) -> papers.Paper | None:
+        """What the chapter is about. None for an explorer, and for an introduction, which teaches but claims nothing."""
+        return papers.all().get(self.slug)
 
     @property
     def is_explorer(self) -> bool:

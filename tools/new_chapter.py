@@ -27,8 +27,8 @@ from attnlab import lab
 
 lab.setup("{slug}")"""
 
-#: that of an explorer, which names itself since it has no paper
-EXPLORER_CELL = FIRST_CELL.replace('lab.setup("{slug}")', 'lab.setup("{slug}", "{title}")')
+#: that of a chapter without a paper, which names itself
+TITLED_CELL = FIRST_CELL.replace('lab.setup("{slug}")', 'lab.setup("{slug}", "{title}")')
 
 SECTIONS = [
     "# {headline}\n\n**By the end you can ...** (what the reader will be able to do)\n\n(One paragraph: the idea.)",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from attnlab import exercises, papers
+from tools.chapters import all_chapters
 
 FAKE = "fake-paper"
 exercises.__path__.append(str(Path(__file__).parent / "papers"))
@@ -52,7 +53,7 @@ def test_a_stub_raises_nothing(slug, exercise):
 
 @pytest.mark.parametrize("slug", [slug for slug in exercises.slugs() if slug != FAKE])
 def test_a_chapter_has_three_graded_exercises(slug):
-    assert slug in papers.all()
+    assert slug in papers.all() or slug in {chapter.slug for chapter in all_chapters()}
     found = exercises.load(slug).values()
     assert len(found) >= 3
     assert {exercise.difficulty for exercise in found} == {"easy", "medium", "hard"}

@@ -9,7 +9,7 @@ import pytest
 
 from attnlab import exercises, papers
 from tools.chapters import ROOT, Chapter, all_chapters
-from tools.new_chapter import EXPLORER_CELL, FIRST_CELL
+from tools.new_chapter import FIRST_CELL, TITLED_CELL
 
 CHAPTERS = all_chapters()
 
@@ -33,9 +33,9 @@ def test_every_notebook_is_in_the_table_of_contents() -> None:
 
 
 def test_first_cell_is_the_same_in_all_chapters(chapter: Chapter) -> None:
-    if chapter.is_explorer:
+    if chapter.paper is None:
         title = chapter.notebook["metadata"]["attnlab"]["title"]
-        assert chapter.code[0].rstrip() == EXPLORER_CELL.format(slug=chapter.slug, title=title)
+        assert chapter.code[0].rstrip() == TITLED_CELL.format(slug=chapter.slug, title=title)
     else:
         assert chapter.code[0].rstrip() == FIRST_CELL.format(slug=chapter.slug)
 
@@ -53,15 +53,16 @@ def test_nothing_touches_the_path_or_hides_errors(chapter: Chapter) -> None:
 def test_slug_names_notebook_module_claims_exercises_and_test(chapter: Chapter) -> None:
     part = chapter.name.split("/")[0]
     if chapter.is_explorer:
-        pytest.skip("an explorer has no paper")
-    paper = papers.get(chapter.slug)
-    assert paper.part == part
+        pytest.skip("an explorer has no module of its own")
+    module = chapter.slug.replace("-", "_")
     expected = [
-        f"src/attnlab/{part}/{paper.module}.py",
-        f"src/attnlab/claims/{chapter.slug}.toml",
-        f"src/attnlab/exercises/{paper.module}.py",
-        f"tests/{part}/test_{paper.module}.py",
+        f"src/attnlab/{part}/{module}.py",
+        f"src/attnlab/exercises/{module}.py",
+        f"tests/{part}/test_{module}.py",
     ]
+    claimed = ROOT / f"src/attnlab/claims/{chapter.slug}.toml"
+    assert claimed.exists() == (chapter.paper is not None)  # who has no paper claims nothing
+    assert chapter.paper is None or chapter.paper.part == part
     assert [name for name in expected if not (ROOT / name).exists()] == []
 
 
@@ -70,6 +71,9 @@ def test_facts_are_complete(chapter: Chapter) -> None:
     assert facts["slug"] == chapter.slug
     assert facts["level"] in ("introductory", "intermediate", "advanced")
     assert set(facts["minutes"]) == {"read", "run"} | (set() if chapter.is_explorer else {"practise"})
+    assert ("title" in facts) == (chapter.paper is None), (
+        "without a paper a chapter names itself; or a slug is misspelt"
+    )
     assert facts["gpu"] in ("no", "optional", "needed")
 
 

@@ -141,8 +141,8 @@ def random_layer(
     def draw(heads: int, rows: int, columns: int) -> Tensor:
         return torch.randn(heads, rows, columns, generator=generator, dtype=torch.float64) * rows**-0.5
 
-    inward = [draw(heads, d, d_head) for heads in (n_heads, n_kv_heads, n_kv_heads)]
-    return Layer(*inward, draw(n_heads, d_head, d) * n_heads**-0.5)
+    W_Q, W_K, W_V = draw(n_heads, d, d_head), draw(n_kv_heads, d, d_head), draw(n_kv_heads, d, d_head)
+    return Layer(W_Q, W_K, W_V, draw(n_heads, d_head, d) * n_heads**-0.5)
 
 
 def project(layer: Layer, x: Tensor, *, offset: int = 0, base: float | None = None) -> tuple[Tensor, Tensor, Tensor]:

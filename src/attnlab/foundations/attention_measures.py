@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,16 +113,20 @@ def time_lengths(
         x = torch.randn(length, d_model, generator=generator)
         q, k, v = torch.randn(3, 1, length, n_heads, d_head, generator=generator)
         past = torch.randn(2, 1, further * length, n_heads, d_head, generator=generator)
-        mask, heads_first = causal(length), [y.transpose(1, 2).contiguous() for y in (q, k, v)]
+        mask, heads_first = causal(length), torch.stack([q, k, v]).transpose(2, 3).contiguous()
         pieces: dict[tuple[str, int], Callable[[], Any]] = {
-            ("projections", length): lambda x=x: [x @ w for w in weights],
-            ("prefill", length): lambda q=q, k=k, v=v, mask=mask: attention(q, k, v, mask),
-            ("fused prefill", length): lambda y=heads_first: F.scaled_dot_product_attention(*y, is_causal=True),
-            ("decode", further * length): lambda q=q[:, -1:], past=past: attention(q, *past),
+            ("projections", length): partial(torch.matmul, x, weights),
+            ("prefill", length): partial(attention, q, k, v, mask),
+            ("fused prefill", length): partial(_fused, *heads_first),
+            ("decode", further * length): partial(attention, q[:, -1:], past[0], past[1]),
         }
         with torch.no_grad():
             rows += [{"piece": name, "length": tokens, "ms": clock(fn)} for (name, tokens), fn in pieces.items()]
     return pd.DataFrame(rows)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def exponent(lengths: Sequence[float], values: Sequence[float]) -> float:
@@ -224,6 +229,6 @@ def extremes(table: pd.DataFrame) -> dict[str, str]:
     """For each habit the head that has most of it, such as ``{"token before": "16.0"}``; no head is named twice."""
     found: dict[str, str] = {}
     for habit in table.columns.drop("head"):
-        rest = table[~table["head"].isin(list(found.values()))]
-        found[habit] = str(rest.loc[rest[habit].idxmax(), "head"])
+        rest = table[~table["head"].isin(list(found.values()))].set_index("head")
+        found[habit] = str(rest[habit].idxmax())
     return found
