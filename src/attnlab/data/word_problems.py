@@ -29,7 +29,10 @@ PROBLEMS: tuple[tuple[str, int], ...] = (
     ("A tank holds 90 liters. Every hour 7 liters leak out. How many liters are in the tank after 5 hours?", 55),
     ("Pia bakes 30 cookies. She eats 4 and shares the rest among 2 friends. How many does each friend get?", 13),
     ("A shelf has 3 boards with 11 books each. Someone borrows 5 books. How many books are on the shelf?", 28),
-    ("A painter needs 2 liters of paint for a room. A house has 9 rooms and he has 10 liters. How many are missing?", 8),
+    (
+        "A painter needs 2 liters of paint for a room. A house has 9 rooms and he has 10 liters. How many are missing?",
+        8,
+    ),
     ("Jonas runs 4 kilometers on each of 5 days and 10 kilometers on Sunday. How far does he run in all?", 30),
     ("A shop sells 17 lamps on Monday and 8 more than that on Tuesday. How many lamps does it sell in both days?", 42),
     ("A rope of 50 meters is cut into 5 equal parts. Each part loses 2 meters. How long is a part now?", 8),

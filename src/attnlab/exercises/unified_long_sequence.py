@@ -94,8 +94,9 @@ def cheapest_split(ranks: int, tokens: int, heads: int, kv_heads: int, width: in
         if ranks % inner or kv_heads % inner:
             continue
         exchange = bytes_sent("ulysses", inner, tokens, heads=heads, kv_heads=kv_heads, width=width)
-        sizes = {"heads": heads // inner, "kv_heads": kv_heads // inner, "width": width}
-        found.append((exchange + bytes_sent("ring", ranks // inner, inner * tokens, **sizes), inner))
+        fewer, kv_fewer = heads // inner, kv_heads // inner
+        ring = bytes_sent("ring", ranks // inner, inner * tokens, heads=fewer, kv_heads=kv_fewer, width=width)
+        found.append((exchange + ring, inner))
     sent, inner = min(found)
     return inner, sent
 

@@ -95,10 +95,8 @@ def local_only_error(problem: Problem, ranks: int) -> float:
     """What would be lost without a wire: the largest relative difference to one process if ranks saw their own tokens only."""
     wanted = one_process(problem)[0]
     worst = 0.0
-    for mine, whole in zip(
-        zip(*(shard(x, ranks) for x in problem.draw()[:3]), strict=True), shard(wanted, ranks), strict=True
-    ):
-        alone = ring_attention(*mine, ThreadWire(0, 1, [], 1.0), causal=problem.causal, layout="contiguous")
+    for q, k, v, whole in zip(*(shard(x, ranks) for x in (*problem.draw()[:3], wanted)), strict=True):
+        alone = ring_attention(q, k, v, ThreadWire(0, 1, [], 1.0), causal=problem.causal, layout="contiguous")
         worst = max(worst, float((alone - whole).abs().max() / wanted.abs().max()))
     return worst
 
