@@ -96,7 +96,7 @@ class Chapter:
         texts = [*self.code, *(path.read_text(encoding="utf-8") for path in files if path.suffix == ".py")]
         files |= {record for record in (ROOT / "records").rglob("*.*") if self._reads(record, texts)}
         if "attnlab.data" in modules:
-            files |= set((SOURCE / "data").glob("*.npz"))
+            files |= {path for path in (SOURCE / "data").iterdir() if path.suffix in (".npz", ".json")}
         return sorted(files)
 
     def _reads(self, record: Path, texts: list[str]) -> bool:
