@@ -1,0 +1,38 @@
+"""The record of exact paths: its rows on a tiny model, and the comparison of an estimate with the exact scores."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from attnlab.circuits import circuit_reuse_runs as runs
+
+
+def test_a_perfect_estimate_agrees_and_a_reversed_one_does_not():
+    exact = {f"0.{i}": float(i) for i in range(20)}
+    assert runs.agreement(exact, exact) == {"rank correlation": pytest.approx(1), "heads": 2, "found": 2}
+    shrunk = {head: 20.0 - value for head, value in exact.items()}
+    assert runs.agreement(exact, shrunk)["rank correlation"] == pytest.approx(-1)
+    assert runs.agreement(exact, shrunk)["found"] == 0
+
+
+def test_every_measurement_has_a_score_for_every_head(lm, pairs, monkeypatch):
+    monkeypatch.setattr(runs, "STAGE", 1)
+    rows = list(runs.measure(lm, "tiny", pairs))
+    assert [row["case"] for row in rows] == [
+        "paths into the logits",
+        "paths into queries",
+        "exact patching, all positions",
+        "EAP-IG",
+    ]
+    for row in rows:
+        assert set(row["scores"]) == {str(head) for head in lm.spec.heads}
+        assert row["pairs"] == len(pairs)
+    assert json.loads(json.dumps(rows)) == rows
+
+
+def test_pairs_that_the_seeds_cannot_share_are_refused(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        runs.main(["--record", str(tmp_path / "r.json"), "--pairs", "10"])
+    assert "--pairs 10 is no multiple of 3" in capsys.readouterr().err
