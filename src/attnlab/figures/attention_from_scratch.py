@@ -210,11 +210,11 @@ def spread_chart(table: pd.DataFrame, keys: int) -> alt.LayerChart:
         ],
     )
     law = alt.Chart(
-        pd.DataFrame({"y": [keys * 2.718281828**-0.5], "x": [min(table.width)], "name": ["predicted: N e^(−1/2)"]})
+        pd.DataFrame({"y": [keys * 2.718281828**-0.5], "x": [max(table.width)], "name": ["predicted: N e^(−1/2)"]})
     )
     chart: Any = alt.layer(
         law.mark_rule(strokeDash=[4, 4], opacity=0.6).encode(y="y:Q"),
-        law.mark_text(align="left", baseline="bottom", dy=-4).encode(x="x:Q", y="y:Q", text="name:N"),
+        law.mark_text(align="right", baseline="bottom", dy=-9).encode(x="x:Q", y="y:Q", text="name:N"),
         base.mark_line(strokeWidth=2.5),
         base.mark_point(filled=True, size=50, opacity=1),
     )
@@ -371,7 +371,6 @@ def term_map(book: Mapping[str, papers.Paper] | None = None, term: str = "scores
     shown = alt.Chart(words).transform_filter(f"datum.of_term === {now_term} && datum.of_slug === {now_slug}")
     shown = shown.transform_calculate(x="0", y=f"{bottom} + 17 * datum.line")
     text: dict[str, Any] = {"baseline": "middle", "tooltip": False}
-    on, off = alt.value(1), alt.value(0.45)
     chart: Any = alt.layer(
         boxes.mark_rect(cornerRadius=6, strokeWidth=1.5, tooltip=False).encode(
             stroke=alt.value(SOFTMAX),
@@ -387,14 +386,8 @@ def term_map(book: Mapping[str, papers.Paper] | None = None, term: str = "scores
         .mark_text(align="left", fontSize=12, fontWeight="bold", **text)
         .encode(x=x, y=y, text="text:N"),
         alt.Chart(names)
-        .mark_text(align="left", fontSize=12, **text)
-        .encode(
-            x=x,
-            y=y,
-            text="text:N",
-            opacity=alt.condition(lit, on, off),
-            color=alt.condition(lit, alt.value(SOFTMAX), alt.value("currentColor")),
-        ),
+        .mark_text(align="left", fontSize=12, fontWeight=alt.ExprRef(f"{lit} ? 'bold' : 'normal'"), **text)
+        .encode(x=x, y=y, text="text:N", opacity=alt.condition(lit, alt.value(1), alt.value(0.6))),
         *(
             shown.transform_filter(f"datum.strong === {'true' if strong else 'false'}")
             .mark_text(align="left", fontSize=13, fontWeight="bold" if strong else "normal", **text)
