@@ -44,3 +44,7 @@ def test_blocks_grow_with_the_length_and_plain_scores_with_its_square():
 def test_the_longest_sequence_is_the_last_within_the_budget(peak):
     found = memory.longest(peak, 10**6, (8, 16, 24))
     assert peak(found) <= 10**6 < peak(found + 2)
+
+
+def test_a_ring_counts_the_same_bytes_every_time():
+    assert len({memory.peak_ring(256, 4) for _ in range(6)}) == 1  # whatever the threads did in between

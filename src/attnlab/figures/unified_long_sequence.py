@@ -254,7 +254,12 @@ def hiding_chart(width: int = 1024, element: int = 2) -> alt.LayerChart:
         compute=f"4 * datum.tokens * datum.tokens * {width} / (device_speed * 1e12)",
         send=f"2 * datum.tokens * {width} * {element} / (link_speed * 1e9)",
     )
-    x = alt.X("tokens:Q", title="tokens on a rank", scale=alt.Scale(type="log", base=2), axis=alt.Axis(format="~s"))
+    x = alt.X(
+        "tokens:Q",
+        title="tokens on a rank",
+        scale=alt.Scale(type="log", base=2),
+        axis=alt.Axis(format=",", values=[64, 512, 4096, 32768]),
+    )
     lines = (
         base.transform_fold(["compute", "send"], as_=["what", "seconds"])
         .mark_line(strokeWidth=2.5)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 #: hands out what was sent, once it is there
 Receipt = Callable[[], list[Tensor]]
@@ -137,26 +138,36 @@ class ThreadWire(Wire):
     def __init__(self, rank: int, ranks: int, post: Sequence[Sequence[queue.Queue]], time_limit_s: float) -> None:
         super().__init__(rank, ranks)
         self.post, self.time_limit_s = post, time_limit_s  # post[from][to]
-        self.due: deque[list[Tensor]] = deque()  # shifts under way, oldest first; filled in the order of sending
+        self.due: deque[Callable[[], None]] = (
+            deque()
+        )  # shifts under way, oldest first: they arrive in the order of sending
 
     def barrier(self) -> None:
         self._gather(torch.zeros(1))
 
     def _shift(self, tensors: Sequence[Tensor]) -> Receipt:
-        self.post[self.rank][(self.rank + 1) % self.ranks].put([x.clone() for x in tensors])
-        arriving: list[Tensor] = []
-        self.due.append(arriving)
+        self.post[self.rank][(self.rank + 1) % self.ranks].put([_in_transit(x) for x in tensors])
+        arriving = [torch.empty_like(x) for x in tensors]  # as a process would: memory of this rank from now on
+        here = False
+
+        def arrive() -> None:
+            nonlocal here
+            for place, x in zip(arriving, self._take((self.rank - 1) % self.ranks), strict=True):
+                place.copy_(x)
+            here = True
+
+        self.due.append(arrive)
 
         def receipt() -> list[Tensor]:
-            while not arriving:
-                self.due.popleft().extend(self._take((self.rank - 1) % self.ranks))
+            while not here:
+                self.due.popleft()()
             return arriving
 
         return receipt
 
     def _swap(self, x: Tensor) -> Tensor:
         for rank, piece in enumerate(x):
-            self.post[self.rank][rank].put(piece.clone())
+            self.post[self.rank][rank].put(_in_transit(piece))
         return torch.stack([self._take(rank) for rank in range(self.ranks)])
 
     def _gather(self, x: Tensor) -> Tensor:
@@ -169,3 +180,9 @@ class ThreadWire(Wire):
             raise TimeoutError(
                 f"rank {self.rank} waited {self.time_limit_s:g} s for rank {rank}; did all ranks call the same operations?"
             ) from None
+
+
+def _in_transit(x: Tensor) -> Tensor:
+    """A copy that belongs to no rank: whoever counts this rank's memory does not see it."""
+    with _disable_current_modes():
+        return x.detach().clone()
