@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from attnlab import records
 from attnlab.circuits import circuit_reuse_runs as runs
 
 
@@ -36,3 +37,29 @@ def test_pairs_that_the_seeds_cannot_share_are_refused(capsys, tmp_path):
     with pytest.raises(SystemExit):
         runs.main(["--record", str(tmp_path / "r.json"), "--pairs", "10"])
     assert "--pairs 10 is no multiple of 3" in capsys.readouterr().err
+
+
+def test_a_record_tells_which_heads_two_tasks_share(tmp_path):
+    heads = [f"{i // 9}.{i % 9}" for i in range(30)]
+    rows = [
+        {"case": "paths", "task": task, "scores": {head: float(abs(i - best)) for i, head in enumerate(heads)}}
+        for task, best in (("a", 0), ("b", 29))
+    ]
+    records.write(tmp_path / "r.json", rows, sources=[], command="-", commit="-")
+    record = records.load("r", tmp_path)
+    assert runs.shared(record, "a", "a", "paths") == 3
+    assert runs.shared(record, "a", "b", "paths") == 0  # the strongest of one are the weakest of the other
+
+
+def test_a_record_goes_on_where_it_stopped(lm, pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "STAGE", 1)
+    monkeypatch.setattr(runs, "pooled", lambda make, *_: make)
+    path = tmp_path / "r.json"
+    monkeypatch.setattr(runs, "TASKS", {"one": pairs})
+    runs.write_record(path, lm, 3, command="-", commit="a")
+    first = records.load("r", tmp_path)
+    monkeypatch.setattr(runs, "TASKS", {"one": pairs, "two": pairs})
+    runs.write_record(path, lm, 3, command="-", commit="b", resume=True)
+    rows = records.load("r", tmp_path).rows
+    assert rows[:4] == first.rows
+    assert [row["task"] for row in rows] == ["one"] * 4 + ["two"] * 4

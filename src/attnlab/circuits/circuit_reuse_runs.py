@@ -1,8 +1,8 @@
 """What the chapter ``circuits/circuit-reuse`` keeps: exact paths between all heads of SmolLM2, and how well EAP-IG foresees exact patching.
 
-``python -m attnlab.circuits.circuit_reuse_runs --record records/circuit-reuse.json`` takes two tasks through three measurements:
+``python -m attnlab.circuits.circuit_reuse_runs --record records/circuit-reuse.json`` takes three tasks through three measurements:
 every head's direct path into the logits, every head's path into the queries of the strongest of those, and exact patching of every
-head at every position beside EAP-IG on the same pairs. A GPU does a thousand pairs; on a CPU core 24 pairs take about ten minutes.
+head at every position beside EAP-IG on the same pairs. A GPU does a thousand pairs; on a CPU core 24 pairs take about fifteen minutes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,17 @@ from attnlab.circuits.circuit_reuse import pooled
 from attnlab.circuits.eap import eap
 from attnlab.circuits.metrics import log_odds
 from attnlab.circuits.model import HookedLM
+from attnlab.circuits.overlap import count
 from attnlab.circuits.pairs import Pairs
 from attnlab.circuits.patching import Receiver, activation_patch, path_patch
 from attnlab.circuits.scores import Scores
 from attnlab.circuits.ungroup import ungrouped
 
-TASKS = {"IOI": tasks.ioi, "Colored Objects": tasks.colored_objects}
+TASKS = {
+    "IOI": tasks.ioi,
+    "Colored Objects": tasks.colored_objects,
+    "Greater-than": partial(tasks.greater_than, form="digit"),  # the control
+}
 SEEDS = (0, 1, 2)
 STAGE = 6  # heads whose queries are the receivers of the second stage: about 2 percent of 270, as in the paper
 STEPS = 5  # of EAP-IG
@@ -63,7 +69,7 @@ def by_head(scores: Scores) -> dict[str, float]:
 def agreement(exact: dict[str, float], estimate: dict[str, float], share: float = 0.10) -> dict[str, float]:
     """How an estimate ranks heads: Spearman correlation with the exact scores, and of the strongest ``share`` how many it finds."""
     table = pd.DataFrame({"exact": exact, "estimate": estimate})
-    k = max(1, round(share * len(table)))
+    k = count(len(table), share)
     tops = [set(table[column].abs().nlargest(k).index) for column in table]
     return {
         "rank correlation": float(table.exact.corr(table.estimate, method="spearman")),
@@ -72,10 +78,25 @@ def agreement(exact: dict[str, float], estimate: dict[str, float], share: float 
     }
 
 
-def write_record(path: Path, model: HookedLM, pairs: int, *, command: str, commit: str) -> None:
-    """Measure both tasks on ``pairs`` pairs, an equal part from each of :data:`SEEDS`, and write the record after each measurement."""
-    rows: list[dict[str, Any]] = []
+def shared(record: records.Record, a: str, b: str, case: str, share: float = 0.10) -> int:
+    """Heads among the strongest ``share`` of both tasks in one measurement of a record."""
+    scores = {row["task"]: pd.Series(row["scores"]) for row in record.rows if row["case"] == case}
+    k = count(len(scores[a]), share)
+    return len(set(scores[a].abs().nlargest(k).index) & set(scores[b].abs().nlargest(k).index))
+
+
+def write_record(path: Path, model: HookedLM, pairs: int, *, command: str, commit: str, resume: bool = False) -> None:
+    """Measure the tasks on ``pairs`` pairs, an equal part from each of :data:`SEEDS`; the record is written after each measurement.
+
+    With ``resume`` the tasks stay that the file holds whole.
+    """
+    before = records.load(path.stem, path.parent) if resume else None
+    rows: list[dict[str, Any]] = [] if before is None else list(before.rows)
+    done = [row["task"] for row in rows if row["case"] == "EAP-IG"]
+    rows = [row for row in rows if row["task"] in done]
     for name, make in TASKS.items():
+        if name in done:
+            continue
         data = pooled(make, model.tokenizer, pairs // len(SEEDS), SEEDS)
         for row in measure(model, name, data):
             rows.append(row)
@@ -87,6 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--record", type=Path, required=True, help="file to write")
     parser.add_argument("--pairs", type=int, default=24, help="a task; a multiple of 3 (default 24)")
+    parser.add_argument("--resume", action="store_true", help="keep the tasks that the file already holds")
     parser.add_argument("--commit", default="unknown", help="of the code that runs")
     chosen = parser.parse_args(arguments)
     if chosen.pairs < len(SEEDS) or chosen.pairs % len(SEEDS):
@@ -97,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = (
         f"python -m attnlab.circuits.circuit_reuse_runs --record records/{chosen.record.name} --pairs {chosen.pairs}"
     )
-    write_record(chosen.record, model, chosen.pairs, command=command, commit=chosen.commit)
+    write_record(chosen.record, model, chosen.pairs, command=command, commit=chosen.commit, resume=chosen.resume)
 
 
 if __name__ == "__main__":
