@@ -86,6 +86,17 @@ def build(book):
     return [page.read_text(encoding="utf-8") for page in pages], done.stderr
 
 
+def test_a_verdict_from_a_record_has_its_badge_too(book, record):
+    record()
+    claim = next(iter(claims.load(SLUG).values()))
+    (book / "records").mkdir()
+    (book / "records" / "gpu.json").write_text(json.dumps({"rows": [{"ms": 1.0}, row(claim, "refuted")]}))
+    (book / "conf.py").write_text(CONF + 'attnlab_records_dir = "records"\n')
+    (_, chapter), _ = build(book)
+    assert chapter.count('class="attnlab-badge"') == len(claims.load(SLUG)) + 1
+    assert f"{claim.id.replace('-', ' ')} (record): refuted" in chapter
+
+
 def test_pages_carry_facts_states_and_entries(book, record):
     record()
     (index, chapter), _ = build(book)

@@ -68,14 +68,15 @@ def strip(app: Sphinx, page: str, facts: dict[str, Any]) -> str:
 
 
 def _badges(app: Sphinx, page: str, slug: str) -> str:
-    """Return one list item a claim, linked to its entry in the ledger if the book has one."""
+    """Return one list item a verdict, linked to its claim in the ledger if the book has one; those of records say so."""
     ledger = next((other for other, metadata in app.env.metadata.items() if LEDGER in metadata), None)
     items = []
     for row in recorded(app):
         owner, _, claim = row["claim"].partition("/")
-        if owner == slug and row["origin"] == "run":
+        if owner == slug:
+            label = claim.replace("-", " ") + (" (record)" if row["origin"] == "record" else "")
             href = f"{app.builder.get_relative_uri(page, ledger)}#claim-{slug}-{claim}" if ledger else ""
-            items.append(f"<li>{badge(row['verdict'], claim.replace('-', ' '), href)}</li>")
+            items.append(f"<li>{badge(row['verdict'], label, href)}</li>")
     return "".join(items)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from attnlab.circuits.patching import Receiver, activation_patch, path_patch
 from attnlab.circuits.scores import Scores
 from attnlab.circuits.ungroup import ungrouped
 
-TASKS = {
+TASKS: dict[str, Callable[..., Pairs]] = {
     "IOI": tasks.ioi,
     "Colored Objects": tasks.colored_objects,
     "Greater-than": partial(tasks.greater_than, form="digit"),  # the control
