@@ -10,6 +10,7 @@ import argparse
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from tools.chapters import BUILD, OUT, ROOT, Chapter, all_chapters
 
 SITE = BUILD / "site"
 HTML = BUILD / "html"
+DOCTREES = BUILD / ".doctrees"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,7 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
         str(SITE),
     ]
     code = subprocess.run(command, cwd=ROOT, env=os.environ | {"ATTNLAB_OUT": str(OUT), "ATTNLAB_BOOK": "1"}).returncode
-    if code == 0:
+    if code != 0:
+        shutil.rmtree(DOCTREES, ignore_errors=True)  # or pages with a warning would count as done the next time
+    else:
         size = sum(path.stat().st_size for path in HTML.rglob("*") if path.is_file()) / 1e6
         print(f"book: {(HTML / 'index.html').relative_to(ROOT)} ({size:.1f} MB with assets); make serve shows it")
     return code

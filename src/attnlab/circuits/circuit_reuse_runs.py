@@ -86,7 +86,7 @@ def shared(record: records.Record, a: str, b: str, case: str, share: float = 0.1
 
 
 def write_record(path: Path, model: HookedLM, pairs: int, *, command: str, commit: str, resume: bool = False) -> None:
-    """Measure the tasks on ``pairs`` pairs, an equal part from each of :data:`SEEDS`; the record is written after each measurement.
+    """Measure the tasks on ``pairs`` pairs, an equal part from each of ``SEEDS``; the record is written after each measurement.
 
     With ``resume`` the tasks stay that the file holds whole.
     """

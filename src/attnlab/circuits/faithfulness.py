@@ -77,7 +77,7 @@ def faithfulness(
     ablation: Ablation = "resample",
     batch_size: int = 16,
 ) -> Faithfulness:
-    """What a circuit keeps of the model's effect; errors as :func:`evaluate`."""
+    """What a circuit keeps of the model's effect; errors as :func:`~attnlab.circuits.evaluate.evaluate`."""
     return _faithfulness(model, [graph], pairs, metric, ablation, batch_size)[0]
 
 
@@ -174,13 +174,13 @@ def sparsity_curve(
         pairs: the prompts; others than the scores were made on, to be fair.
         edge_counts: how many edges to keep; the shares of :data:`SHARES` if left out.
         metric: what to measure.
-        select: :meth:`Graph.top_n` or :meth:`Graph.greedy`.
+        select: :meth:`~attnlab.circuits.graph.Graph.top_n` or :meth:`~attnlab.circuits.graph.Graph.greedy`.
         absolute: choose by absolute score (finds the model's behaviour, CMD) or by score (finds what helps, CPR).
-        ablation: see :func:`evaluate`.
-        batch_size: see :func:`evaluate`.
+        ablation: see :func:`~attnlab.circuits.evaluate.evaluate`.
+        batch_size: see :func:`~attnlab.circuits.evaluate.evaluate`.
 
     Raises:
-        ValueError: as :func:`evaluate`, for counts that cannot be had, or an unknown ``select``.
+        ValueError: as :func:`~attnlab.circuits.evaluate.evaluate`, for counts that cannot be had, or an unknown ``select``.
     """
     counts, graphs = curve_graphs(scores, edge_counts, select=select, absolute=absolute)
     values = _faithfulness(model, graphs, pairs, metric, ablation, batch_size)

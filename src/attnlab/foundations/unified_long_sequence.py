@@ -229,7 +229,7 @@ MIXERS: dict[str, type[Mixer]] = {
 
 
 def build(name: str, width: int, length: int, seed: int = 0) -> Mixer:
-    """A mixer of :data:`MIXERS` with random weights of unit gain.
+    """A mixer of ``MIXERS`` with random weights of unit gain.
 
     Raises:
         ValueError: an unknown name.

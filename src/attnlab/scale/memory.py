@@ -70,7 +70,7 @@ def peak_plain(length: int) -> int:
 
 
 def peak_blocks(length: int) -> int:
-    """Bytes of one process that takes :data:`BLOCK` keys at a time."""
+    """Bytes of one process that takes ``BLOCK`` keys at a time."""
     return _peak(lambda: blockwise_attention(*_draw(length), causal=False, block_size=BLOCK))
 
 
