@@ -279,18 +279,21 @@ def responses(rule: Rule, phases: Sequence[Phase], cues: dict[str, Tensor]) -> p
 def indices(rule: Rule, cues: dict[str, Tensor]) -> dict[str, float]:
     """What the rule does in the laboratory, each experiment against its control.
 
-    ``acquisition`` is the response to A. ``extinction``: how much more A lost when it came without the reinforcer than in equally
-    many trials without any event, as a share of what it had. ``blocking``: how much less B earned beside a known A than beside an
-    A that was new, after as many reinforcers; ``overshadowing``: how much less beside A than alone. 0: no such effect.
+    ``acquisition`` is the response to A; the others are shares of it, 0 for no such effect. ``extinction``: how much more A lost
+    when it came without the reinforcer than in equally many trials without any event. ``blocking``: how much less B earned beside
+    a known A than beside a new one, after as many reinforcers. ``overshadowing``: how much less B earned beside A than alone.
     """
     last = {name: responses(rule, phases, cues).iloc[-1] for name, phases in EXPERIMENTS.items()}
-    learned = last["acquisition"].A
-    rested, extinguished = last["extinction, control: nothing happens"].A, last["extinction"].A
+    learned = float(last["acquisition"].A)
+
+    def less(effect: str, control: str, cue: str) -> float:
+        return float(last[control][cue] - last[effect][cue]) / learned
+
     return {
-        "acquisition": float(learned),
-        "extinction": float((rested - extinguished) / learned),
-        "blocking": float(1 - last["blocking"].B / last["blocking, control: another cue first"].B),
-        "overshadowing": float(1 - last["overshadowing"].B / last["overshadowing, control: B alone"].B),
+        "acquisition": learned,
+        "extinction": less("extinction", "extinction, control: nothing happens", "A"),
+        "blocking": less("blocking", "blocking, control: another cue first", "B"),
+        "overshadowing": less("overshadowing", "overshadowing, control: B alone", "B"),
     }
 
 

@@ -135,6 +135,16 @@ def slopes(found: pd.DataFrame, criterion: str, smallest: int = 32) -> list[floa
     return [float(stats.linregress(rows.x, rows.y).slope) for _, rows in table.groupby("seed")]
 
 
+def failure_curve(d_k: int, seed: int = 0, draws: int = 200, points: int = 24) -> pd.DataFrame:
+    """Share of draws in which any of n retrievals fails against n: ``n, measured, bound``, the bound being that of Theorem 6.2."""
+    most = int(average_case(d_k))
+    generator = torch.Generator().manual_seed(seed)
+    k, v = sphere(generator, draws, most, d_k), sphere(generator, draws, most, D_V)
+    sizes = sorted({round(most ** (i / (points - 1))) for i in range(points)} | {2, 3})
+    rows = [(n, float(any_fails(k, v, n).float().mean()), min(1.0, n * (n - 1) / (DELTA * d_k))) for n in sizes]
+    return pd.DataFrame(rows, columns=["n", "measured", "bound"]).query("n > 1")
+
+
 def failure_rate(d_k: int, n: int, seed: int, draws: int = 400) -> float:
     """Share of draws in which any of n retrievals fails."""
     generator = torch.Generator().manual_seed(seed)
@@ -231,6 +241,8 @@ def averaged_noise_theory(heads: int, d_model: int | None, n: int = 64, d_k: int
 
 
 CleanUp = Literal["none", "norm", "sign"]
+CLEAN_UPS: tuple[CleanUp, ...] = ("none", "norm", "sign")
+LOADS = (8, 16, 32, 48)
 
 
 def chain(depth: int, n: int, clean_up: CleanUp, seed: int, *, d: int = 128, draws: int = 40) -> pd.DataFrame:
@@ -271,6 +283,24 @@ def chain_noise_theory(layer: int, n: int, d: int = 128) -> float:
     1 / d, so their squared sum grows by that factor: near ``layer (n - 1) / d`` while small, exponential afterwards.
     """
     return (1 + (n - 1) / d) ** layer - 1
+
+
+def chains(loads: Sequence[int], seeds: Sequence[int], depth: int = 8) -> pd.DataFrame:
+    """All chains: ``n, clean_up, seed``, the columns of :func:`chain`, and ``bound`` of Theorem 9 with one head."""
+    frames = []
+    for n in loads:
+        for clean_up in CLEAN_UPS:
+            for seed in seeds:
+                found = chain(depth, n, clean_up, seed).assign(n=n, clean_up=clean_up, seed=seed)
+                found["bound"] = [error_bound(layer, 1, n, 128) for layer in found.layer]
+                frames.append(found)
+    return pd.concat(frames, ignore_index=True)
+
+
+def excess(found: pd.DataFrame, clean_up: CleanUp) -> list[float]:
+    """Largest excess of ``failed`` over ``bound`` among loads and depths, one number a seed."""
+    rows = found[found.clean_up == clean_up]
+    return [float((part.failed - part.bound).max()) for _, part in rows.groupby("seed")]
 
 
 def _positive(**sizes: float) -> None:
