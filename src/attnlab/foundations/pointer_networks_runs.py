@@ -1,0 +1,357 @@
+"""Records and verdicts of the chapter ``foundations/pointer-networks``.
+
+``python -m attnlab.foundations.pointer_networks_runs --record records/pointer-networks.json`` trains what the chapter analyses, on a
+CPU in some twenty minutes; ``--size paper --device cuda`` trains at the paper's sizes. Both go on where they were interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+
+from attnlab import claims, lab, records
+from attnlab.foundations import polygons
+from attnlab.foundations.pointer_networks import Solver
+from attnlab.foundations.pointer_tasks import (
+    ATTENTION,
+    KINDS,
+    POINTER,
+    SET,
+    SOFTMAX,
+    Run,
+    Scores,
+    Setting,
+    evaluate,
+    instances,
+    rows_of,
+)
+from attnlab.models.sweep import count_parameters
+
+COMMAND = "python -m attnlab.foundations.pointer_networks_runs"
+SOURCES = tuple(
+    f"foundations/{name}.py"
+    for name in ("geometry", "polygons", "pointer_networks", "pointer_decoding", "pointer_tasks")
+)
+FOLDER = records.FOLDER / "models"
+
+Interval = tuple[float, float]
+
+
+# -------------------------------------------------------------------------------------------------------- what is trained
+
+
+@dataclass(frozen=True)
+class Part:
+    """One task at one size: which networks and seeds are trained, and the numbers of points they are tested on."""
+
+    case: str
+    setting: Setting
+    kinds: tuple[str, ...]
+    seeds: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+SIZES: dict[str, tuple[Part, ...]] = {
+    "cpu": (
+        Part("hull", Setting(steps=4000), KINDS, (0,), (5, 8, 10, 15, 20, 50)),
+        Part("tour", Setting("tour", steps=3000, pool=10_000), (POINTER, SET), (0,), (5, 10, 12, 15, 20)),
+        Part("delaunay", Setting("delaunay", largest=5, steps=3000, pool=50_000), (POINTER,), (0,), (5,)),
+        Part("hull", Setting(steps=4000), KINDS, (1, 2), (5, 8, 10, 15, 20, 50)),
+    ),
+    "paper": (
+        Part(
+            "hull 5-50",
+            Setting(largest=50, width=256, layers=3, steps=20_000, batch=512),
+            (POINTER, SET),
+            (0,),
+            (5, 10, 50, 100, 200, 500),
+        ),
+        Part(
+            "hull 50",
+            Setting(smallest=50, largest=50, width=256, steps=20_000, batch=512),
+            (SOFTMAX, ATTENTION, POINTER),
+            (0,),
+            (50,),
+        ),
+        Part(
+            "tour",
+            Setting("tour", width=256, layers=3, steps=20_000, batch=512, pool=100_000),
+            (POINTER, SET),
+            (0,),
+            (5, 10, 12, 15, 20),
+        ),
+        *(
+            Part(
+                f"delaunay {n}",
+                Setting("delaunay", smallest=n, largest=n, width=256, steps=20_000, batch=512, pool=500_000),
+                (POINTER,),
+                (0,),
+                (n,),
+            )
+            for n in (5, 10)
+        ),
+    ),
+    "tiny": (
+        Part("hull", Setting(width=8, steps=3, batch=4), KINDS, (0, 1, 2), (5, 10)),
+        Part("tour", Setting("tour", largest=6, width=8, steps=2, batch=4, pool=8), (POINTER,), (0,), (5,)),
+        Part("delaunay", Setting("delaunay", largest=5, width=8, steps=2, batch=4, pool=8), (POINTER,), (0,), (5,)),
+    ),
+}
+
+
+def train_row(part: Part, kind: str, seed: int, models: Path | None, device: str) -> dict[str, Any]:
+    """Train one network, test it, keep its weights: a row of the record."""
+    run = part.setting.train(kind, seed, device)
+    row: dict[str, Any] = {
+        "case": part.case,
+        "operator": "training",
+        "impl": kind,
+        "seed": seed,
+        "points": [part.setting.smallest, part.setting.largest],
+        "width": part.setting.width,
+        "steps": part.setting.steps,
+        "batch": part.setting.batch,
+        "lr": part.setting.rates[kind],
+        "parameters": count_parameters(run.solver),
+        "seconds": run.seconds,
+        "curve": thinned(run.loss),
+        "scores": [
+            {key: value for key, value in row.items() if key not in ("kind", "seed")}
+            for row in rows_of(run, part.setting.task, part.sizes)
+        ],
+    }
+    if models is not None:
+        path = models / file_name(part.case, kind, seed)
+        save(path, part.setting, run)
+        row |= {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return row
+
+
+def thinned(loss: Sequence[float], points: int = 40) -> list[list[float]]:
+    """(update, mean loss up to it since the last point), at most ``points`` of them."""
+    every = max(1, len(loss) // points)
+    return [[end, fmean(loss[end - every : end])] for end in range(every, len(loss) + 1, every)]
+
+
+# --------------------------------------------------------------------------------------------------------- kept networks
+
+
+def file_name(case: str, kind: str, seed: int) -> str:
+    """Such as ``pointer-networks-hull-set-pointer-0.safetensors``."""
+    return f"pointer-networks-{case}-{kind}-{seed}.safetensors".replace(" ", "-")
+
+
+def save(path: Path, setting: Setting, run: Run) -> None:
+    """Write a network's weights, with what is needed to build it as metadata."""
+    from safetensors.torch import save_file
+
+    facts = {"kind": run.kind, "width": setting.width, "layers": setting.layers, "largest": setting.largest}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in run.solver.state_dict().items()}
+    save_file(state, str(path), metadata={"solver": json.dumps(facts)})
+
+
+def load(case: str, kind: str, seed: int = 0, folder: Path = FOLDER) -> Solver:
+    """A recorded network, on the CPU, in evaluation mode.
+
+    Raises:
+        ValueError: there is none; the message names the command that makes it.
+    """
+    from safetensors import safe_open
+
+    path = folder / file_name(case, kind, seed)
+    if not path.is_file():
+        raise ValueError(f"{path.name} is not there; make it with {COMMAND} --record records/pointer-networks.json")
+    with safe_open(str(path), framework="pt") as file:
+        facts = json.loads(file.metadata()["solver"])
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    kept = facts.pop("kind")
+    solver = Setting(**facts).build(kept)
+    solver.load_state_dict(state)
+    return solver.eval()
+
+
+# --------------------------------------------------------------------------------------------------------------- verdicts
+
+
+def spread(scores: Sequence[float]) -> tuple[float, Interval]:
+    """Mean and range over the seeds: with three there is no better interval."""
+    return fmean(scores), (min(scores), max(scores))
+
+
+def exact_by_kind(rows: Iterable[dict[str, Any]], n: int = 10) -> dict[str, tuple[float, Interval]]:
+    """Percent of exact hulls of n points by network: mean and range over the seeds. Rows of :func:`rows_of`."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row["n"] == n:
+            found.setdefault(row["kind"], []).append(100 * row["exact"])
+    return {kind: spread(scores) for kind, scores in found.items()}
+
+
+def three_lstms(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Arguments of :func:`attnlab.claims.check` for ``same-updates`` and ``ordering``."""
+    exact = exact_by_kind(rows)
+    value, interval = exact[POINTER]
+    return {
+        "value": value,
+        "interval": interval,
+        "controls": {"attention": exact[ATTENTION], "softmax": exact[SOFTMAX]},
+    }
+
+
+def beyond_trained(solver: Solver, n: int = 20, count: int = 1000) -> dict[str, Any]:
+    """Arguments for ``beyond-trained``: area covered at n points, beside what trivial answers cover."""
+    points = instances(n, count)
+    scores = evaluate(solver, "hull", points)
+    if scores["simple"].sum() < 2:
+        raise ValueError(f"solver: {scores['simple'].sum()} of {count} answers are simple polygons; train it longer")
+    covered = 100 * scores["area"][scores["simple"]]
+    half = 100 * polygons.half_area(points, np.random.default_rng(0))
+    extremes = 100 * polygons.extremes_area(points)
+    return {
+        "value": covered.mean(),
+        "interval": claims.bootstrap_mean(covered),
+        "controls": {
+            "half": (half.mean(), claims.bootstrap_mean(half)),
+            "extremes": (extremes.mean(), claims.bootstrap_mean(extremes)),
+            "simple": 100 * scores["simple"].mean(),
+        },
+    }
+
+
+def near_lines(solver: Solver, n: int = 10, count: int = 2000) -> dict[str, Any]:
+    """Arguments for ``near-lines``: exact hulls far from a change minus those near it; the same by early and late vertices."""
+    points = instances(n, count)
+    exact = evaluate(solver, "hull", points)["exact"]
+    value, interval = halves(exact, polygons.margins(points))
+    return {"value": value, "interval": interval, "controls": {"late": halves(exact, -polygons.lateness(points))}}
+
+
+def halves(exact: np.ndarray, by: np.ndarray) -> tuple[float, Interval]:
+    """Percent exact in the upper half of ``by`` minus that in the lower half, bootstrapped."""
+    upper = by > np.median(by)
+
+    def difference(picks: np.ndarray) -> np.ndarray:
+        high, right = upper[picks], exact[picks]
+        gap: np.ndarray = (right & high).sum(-1) / high.sum(-1) - (right & ~high).sum(-1) / (~high).sum(-1)
+        return 100 * gap
+
+    return float(difference(np.arange(len(exact)))), claims.bootstrap(len(exact), difference)
+
+
+def above(length: np.ndarray, reference: np.ndarray) -> tuple[float, Interval]:
+    """How far the mean length lies above the mean of the reference, in percent, bootstrapped over the instances."""
+
+    def percent(picks: np.ndarray) -> np.ndarray:
+        ratio: np.ndarray = length[picks].mean(-1) / reference[picks].mean(-1)
+        return 100 * (ratio - 1)
+
+    return float(percent(np.arange(len(length)))), claims.bootstrap(len(length), percent)
+
+
+def short_tours(scores: Scores) -> dict[str, Any]:
+    """Arguments for ``short-tours`` from the scores of a network on instances that are solved exactly."""
+    shortest = scores["length"] / (1 + scores["excess"])
+    value, interval = above(scores["length"], shortest)
+    return {
+        "value": value,
+        "interval": interval,
+        "controls": {"nearest": above(shortest * (1 + scores["greedy excess"]), shortest)},
+    }
+
+
+def tours_break(longer: Scores, trained: Scores) -> dict[str, Any]:
+    """Arguments for ``tours-break`` from the scores of one network at 20 and at 10 points."""
+    (value, interval), control = (
+        above(scores["length"], scores["length"] / (1 + scores["over nearest"])) for scores in (longer, trained)
+    )
+    return {"value": value, "interval": interval, "controls": {"trained": control}}
+
+
+def score_rows(record: records.Record, case: str) -> list[dict[str, Any]]:
+    """One row a network, seed and number of points of a case, as :func:`rows_of` gives them."""
+    return [
+        {"kind": row["impl"], "seed": row["seed"], **scores}
+        for row in record.rows
+        if row["case"] == case
+        for scores in row["scores"]
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------ the command
+
+
+def make_record(
+    path: Path, parts: Sequence[Part], *, models: Path | None, device: str, commit: str, command: str, limit_s: float
+) -> bool:
+    """Train what the record does not have yet; it is written after every network. Returns whether all is there.
+
+    Args:
+        limit_s: no network is begun after so many seconds.
+    """
+    start = time.perf_counter()
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.is_file() else []
+    done = {(row["case"], row["impl"], row["seed"]) for row in rows}
+    for part in parts:
+        for seed in part.seeds:
+            for kind in part.kinds:
+                if (part.case, kind, seed) in done:
+                    continue
+                if time.perf_counter() - start > limit_s:
+                    print(f"stopped after {limit_s:g} s; the same command goes on from here", flush=True)
+                    return False
+                row = train_row(part, kind, seed, models, device)
+                rows.append(row)
+                records.write(path, rows, sources=SOURCES, command=command, commit=commit)
+                last = {name: round(value, 3) for name, value in row["scores"][-1].items()}
+                print(f"{part.case}, {kind}, seed {seed}: {row['seconds']:.0f} s, {last}", flush=True)
+    return True
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog=COMMAND, description="Train what the chapter foundations/pointer-networks keeps."
+    )
+    parser.add_argument(
+        "--record", type=Path, required=True, help="the JSON to write, such as records/pointer-networks.json"
+    )
+    parser.add_argument("--size", choices=list(SIZES), default="cpu", help="cpu: the chapter's; paper: needs a GPU")
+    parser.add_argument("--device", default="cpu", help="where the networks are trained: cpu or cuda")
+    parser.add_argument("--models", type=Path, help="folder for the trained networks, such as records/models")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="begin no network after so many seconds")
+    parser.add_argument("--commit", default="unknown", help="of the code that runs")
+    options = parser.parse_args(arguments)
+    if options.device != "cpu" and not torch.cuda.is_available():
+        parser.error(f"--device {options.device}: there is no such device here; leave it out to train on the CPU")
+    command = f"{COMMAND} --record records/{options.record.name}"
+    command += "".join(
+        f" --{name} {value}"
+        for name, value in (("size", options.size), ("device", options.device))
+        if value != parser.get_default(name)
+    )
+    command += " --models records/models" if options.models else ""
+    with lab.one_thread():
+        make_record(
+            options.record,
+            SIZES[options.size],
+            models=options.models,
+            device=options.device,
+            commit=options.commit,
+            command=command,
+            limit_s=options.limit,
+        )
+
+
+if __name__ == "__main__":
+    main()
