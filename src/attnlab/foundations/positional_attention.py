@@ -20,75 +20,79 @@ class Weights(nn.Module):
 
     Attributes:
         looks: whether the weights depend on the data.
-        sees_position_at_input: whether the positions are also appended to the input.
+        told: whether the network sees the positions at its input too.
     """
 
     looks: bool = True
-    sees_position_at_input: bool = True
+    told: bool = True
 
     def __init__(self, width: int, nodes: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.key_width = heads, self.asked_width(width, nodes)
-        self.qk = nn.Linear(self.key_width, 2 * heads * self.key_width) if self.key_width else None
-        if self.qk is not None:
-            nn.init.xavier_uniform_(self.qk.weight)
-            nn.init.zeros_(self.qk.bias)
+        self.heads = heads
 
-    def asked_width(self, width: int, nodes: int) -> int:
-        """Width of what queries and keys are made of; each head keeps all of it."""
-        raise NotImplementedError
 
-    def asked(self, x: Tensor, p: Tensor) -> Tensor:
-        """What queries and keys are made of."""
-        raise NotImplementedError
+class Learned(Weights):
+    """Softmax of the products of queries and keys. A head is as wide as what they are made of, as in the official code."""
+
+    def __init__(self, width: int, nodes: int, heads: int) -> None:
+        super().__init__(width, nodes, heads)
+        self.key_width = self.asked_width(width, nodes)
+        self.qk = nn.Linear(self.key_width, 2 * heads * self.key_width)
+        nn.init.xavier_uniform_(self.qk.weight)
+        nn.init.zeros_(self.qk.bias)
 
     def forward(self, x: Tensor, p: Tensor) -> Tensor:
-        assert self.qk is not None
         qk = self.qk(self.asked(x, p)).unflatten(-1, (self.heads, 2 * self.key_width)).transpose(-3, -2)
         q, k = qk.chunk(2, dim=-1)  # [..., H, N, K] each
         weights: Tensor = (q @ k.mT * self.key_width**-0.5).softmax(-1)
         return weights
 
-
-class Positional(Weights):
-    """Queries and keys from the positions alone: one matrix a head, the same for every input."""
-
-    looks, sees_position_at_input = False, False
+    def asked(self, x: Tensor, p: Tensor) -> Tensor:
+        """What queries and keys are made of."""
+        raise NotImplementedError
 
     def asked_width(self, width: int, nodes: int) -> int:
-        return nodes
+        """Its width."""
+        raise NotImplementedError
+
+
+class Positional(Learned):
+    """Queries and keys from the positions alone: one matrix a head, the same for every input."""
+
+    looks = False
+    told = False
 
     def asked(self, x: Tensor, p: Tensor) -> Tensor:
         return p
 
-
-class Content(Weights):
-    """Standard attention: queries and keys from the states."""
-
     def asked_width(self, width: int, nodes: int) -> int:
-        return width
+        return nodes
+
+
+class Content(Learned):
+    """Standard attention: queries and keys from the states."""
 
     def asked(self, x: Tensor, p: Tensor) -> Tensor:
         return x
 
-
-class ContentAndPosition(Weights):
-    """The first control: states *and* positions, in every layer."""
-
     def asked_width(self, width: int, nodes: int) -> int:
-        return width + nodes
+        return width
+
+
+class ContentAndPosition(Learned):
+    """The first control: states *and* positions, in every layer."""
 
     def asked(self, x: Tensor, p: Tensor) -> Tensor:
         return torch.cat([x, p.expand(*x.shape[:-1], p.shape[-1])], dim=-1)
+
+    def asked_width(self, width: int, nodes: int) -> int:
+        return width + nodes
 
 
 class Uniform(Weights):
     """The second control: everybody listens to everybody, and nothing is learned."""
 
     looks = False
-
-    def asked_width(self, width: int, nodes: int) -> int:
-        return 0
 
     def forward(self, x: Tensor, p: Tensor) -> Tensor:
         return torch.full_like(p, 1 / len(p)).expand(self.heads, *p.shape)
@@ -109,12 +113,12 @@ class Layer(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, x: Tensor, a: Tensor) -> Tensor:
-        """States x [B, N, D] and weights a [..., H, N, N] -> [B, N, D]"""
+    def forward(self, x: Tensor, p: Tensor, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """States x [B, N, D], positions p [N, N] -> states [B, N, D] and the weights; ``given`` ones replace them."""
+        a = self.weights(x, p) if given is None else given  # [H, N, N] or [B, H, N, N]
         values = self.v(x).unflatten(-1, (self.weights.heads, -1)).transpose(-3, -2)  # [B, H, N, D/H]
         heard = self.o((a @ values).transpose(-3, -2).flatten(-2))  # [B, N, D]
-        thought: Tensor = self.mlp(torch.cat([heard, x], dim=-1))
-        return thought
+        return self.mlp(torch.cat([heard, x], dim=-1)), a
 
 
 class Network(nn.Module):
@@ -151,7 +155,7 @@ class Network(nn.Module):
             raise ValueError(f"width: {width} cannot be shared by {heads} heads; a multiple of {heads} is wanted")
         nodes = length + 1
         self.length, self.features = length, features
-        self.told = weights.sees_position_at_input
+        self.told = weights.told
         self.register_buffer("position", torch.eye(nodes))
         self.encode = nn.Linear(features + nodes * self.told, width)
         self.layers = nn.ModuleList(Layer(weights(width, nodes, heads), width, hidden) for _ in range(layers))
@@ -168,10 +172,10 @@ class Network(nn.Module):
                 f"other length), not {list(x.shape)}"
             )
         state, used = self.encode(self._nodes(x)), []
-        for index, layer in enumerate(self.layers):
-            assert isinstance(layer, Layer)
-            used.append(layer.weights(state, self.position) if given is None else given[index])
-            state = layer(state, used[-1])
+        others = [None] * len(self.layers) if given is None else given
+        for layer, other in zip(self.layers, others, strict=True):
+            state, a = layer(state, self.position, other)
+            used.append(a)
         return self.decode(state)[..., :-1, :], used
 
     def forward(self, x: Tensor) -> Tensor:

@@ -33,7 +33,6 @@ def set_weights(weights: Positional, matrices: Tensor) -> None:
         raise ValueError(f"matrices: shape {[heads, nodes, nodes]} is wanted, not {list(matrices.shape)}")
     if (matrices < 0).any() or not torch.allclose(matrices.sum(-1), torch.ones((), dtype=matrices.dtype)):
         raise ValueError("matrices: numbers from 0 on are wanted, each row with the sum 1")
-    assert weights.qk is not None
     scores = matrices.log().clamp(min=NEVER) * nodes**0.5  # [H, query, key]
     with torch.no_grad():
         weights.qk.bias.zero_()
