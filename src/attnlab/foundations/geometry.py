@@ -1,7 +1,7 @@
 """Planar problems whose answer is a list of input indices, with exact solutions, for the chapter ``foundations/pointer-networks``.
 
 Points are arrays [B, n, 2]; B instances of one size are solved together. A solution names points by their index from 0. As a target
-for a network (:func:`hull_targets`, :func:`delaunay_targets`, :func:`tour_targets`) an index is shifted by one, since 0 is the stop
+for a network (``hull_targets``, ``delaunay_targets``, ``tour_targets``) an index is shifted by one, since 0 is the stop
 symbol, and rows are padded with ``data.IGNORE``.
 """
 
@@ -124,7 +124,7 @@ def tours(points: np.ndarray) -> np.ndarray:
     It starts at point 0. Of its two directions we take the one whose second index is smaller (the paper leaves this open).
 
     Raises:
-        ValueError: more than ``LARGEST_TOUR`` points, besides what :func:`checked` refuses.
+        ValueError: more than ``LARGEST_TOUR`` points, besides what ``checked`` refuses.
     """
     points = checked(points)
     batch, n, _ = points.shape

@@ -23,7 +23,7 @@ def forbidden(said: Tensor, symbols: int) -> Tensor:
 
 
 def forbidden_along(targets: Tensor, symbols: int) -> Tensor:
-    """:func:`forbidden` before every symbol of targets [B, M], [B, M, symbols]."""
+    """``forbidden`` before every symbol of targets [B, M], [B, M, symbols]."""
     before = shifted(targets)
     visited = torch.nn.functional.one_hot(before, symbols).cumsum(1).bool()
     visited[..., 0] = ~visited[..., 1:].all(-1)
@@ -79,7 +79,7 @@ def beam_search(solver: Solver, points: Tensor, steps: int, width: int, rule: Ru
         points: [B, n, 2].
         steps: symbols at most.
         width: beginnings kept; 1 is greedy.
-        rule: as in :func:`greedy`.
+        rule: as in ``greedy``.
 
     Returns:
         symbols [B, steps], 0 after the stop, and the log-probability of each answer [B].

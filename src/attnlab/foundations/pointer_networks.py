@@ -3,8 +3,8 @@
 Taught in the chapter ``foundations/pointer-networks``. Four networks answer with a list of input points: the paper's three (an
 LSTM with a fixed output dictionary, the same with attention, and the pointer network) and the Transformer form of today.
 
-All have one interface. :meth:`Solver.read` looks at the points once, :meth:`Solver.step` gives the logits of the next symbol, and
-:meth:`Solver.forward` those of all symbols of a known answer. Symbol 0 stops, symbol j + 1 is point j.
+All have one interface. ``Solver.read`` looks at the points once, ``Solver.step`` gives the logits of the next symbol, and
+``Solver.forward`` those of all symbols of a known answer. Symbol 0 stops, symbol j + 1 is point j.
 """
 
 from __future__ import annotations
@@ -113,6 +113,8 @@ class Recurrent(Solver):
         width: D, of both.
         fed: numbers that the answering LSTM gets beside the coordinates of the last point.
     """
+
+    decoder: nn.Module
 
     def __init__(self, width: int, fed: int = 0) -> None:
         super().__init__()

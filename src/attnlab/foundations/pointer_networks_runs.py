@@ -190,7 +190,7 @@ def spread(scores: Sequence[float]) -> tuple[float, Interval]:
 
 
 def exact_by_kind(rows: Iterable[dict[str, Any]], n: int = 10) -> dict[str, tuple[float, Interval]]:
-    """Percent of exact hulls of n points by network: mean and range over the seeds. Rows of :func:`rows_of`."""
+    """Percent of exact hulls of n points by network: mean and range over the seeds. Rows of ``rows_of``."""
     found: dict[str, list[float]] = {}
     for row in rows:
         if row["n"] == n:
@@ -279,7 +279,7 @@ def tours_break(longer: Scores, trained: Scores) -> dict[str, Any]:
 
 
 def score_rows(record: records.Record, case: str) -> list[dict[str, Any]]:
-    """One row a network, seed and number of points of a case, as :func:`rows_of` gives them."""
+    """One row a network, seed and number of points of a case, as ``rows_of`` gives them."""
     return [
         {"kind": row["impl"], "seed": row["seed"], **scores}
         for row in record.rows

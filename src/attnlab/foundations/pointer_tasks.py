@@ -51,7 +51,11 @@ class Task:
 
 
 def tour_scores(points: np.ndarray, outputs: np.ndarray) -> Scores:
-    """``length`` of tours; ``excess`` over the optimum and ``greedy excess``, that of the nearest neighbour, where it is solved; ``over nearest``, the length relative to the nearest neighbour's.
+    """How long tours are.
+
+    Returns:
+        ``length``; ``over nearest``, how far that is above the nearest neighbour's, as a share; and where the instance is
+        solved, ``excess`` and ``greedy excess``, the shares by which network and nearest neighbour are above the optimum.
 
     Raises:
         ValueError: outputs that are no tours; decode with the rule ``tour``.

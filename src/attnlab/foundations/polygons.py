@@ -1,6 +1,6 @@
 """How good an answer is, for the chapter ``foundations/pointer-networks``: the paper's measures, and what they are worth.
 
-An answer is a row of symbols as a network gives it: 0 stops, j + 1 is point j. :func:`read` turns it into a polygon.
+An answer is a row of symbols as a network gives it: 0 stops, j + 1 is point j. ``read`` turns it into a polygon.
 """
 
 from __future__ import annotations
