@@ -60,11 +60,10 @@ class Recurrence:
                     f"{name}: shape {tuple(x.shape)} does not broadcast to K, V = {numbers}, {channels} of the others"
                 )
         checks.finite("log_lam", self.log_lam)
-        left, right = self.rank_one or (None, None)
-        checks.numbers(log_lam=self.log_lam, b=self.b, c=self.c, d=self.d, left=left, right=right)
-        for name, x in {"left": left, "right": right}.items():
-            if x is not None:
-                checks.shape(name, x, (batch, length, heads, numbers), "[B, T, H, K]")
+        pair = {} if self.rank_one is None else dict(zip(("left", "right"), self.rank_one, strict=True))
+        checks.numbers(log_lam=self.log_lam, b=self.b, c=self.c, d=self.d, **pair)
+        for name, x in pair.items():
+            checks.shape(name, x, (batch, length, heads, numbers), "[B, T, H, K]")
         if self.d is not None and (self.d.ndim != 4 or tuple(self.d.shape[:3]) != (batch, length, heads)):
             raise ValueError(f"d: shape {tuple(self.d.shape)}, but [B, T, H, V or 1] is wanted")
 
@@ -107,16 +106,16 @@ def recurrent(record: Recurrence, u: Tensor) -> Tensor:
         ValueError: inputs that do not fit the record.
     """
     _check_inputs(record, u)
-    state = u.new_zeros(u.shape[0], u.shape[2], record.size[0], u.shape[3])  # [B, H, K, V]
-    lam, outputs = record.lam, []
-    for i in range(u.shape[1]):
-        state = lam[:, i] * state
+    added = (record.b * u[..., None, :]).expand(-1, -1, -1, record.size[0], -1)  # [B, T, H, K, V]
+    state, states = u.new_zeros(u.shape[0], u.shape[2], record.size[0], u.shape[3]), []  # [B, H, K, V]
+    for i, (lam, new) in enumerate(zip(record.lam.unbind(1), added.unbind(1), strict=True)):
+        state = lam * state
         if record.rank_one is not None:
             left, right = (x[:, i, :, :, None] for x in record.rank_one)  # [B, H, K, 1]
             state = state - left * (right * state).sum(-2, keepdim=True)
-        state = state + record.b[:, i] * u[:, i, :, None]
-        outputs.append((record.c[:, i] * state).sum(-2))  # [B, H, V]
-    return _skip(record, u, torch.stack(outputs, 1) if outputs else torch.zeros_like(u))
+        state = state + new
+        states.append(state)
+    return _skip(record, u, (record.c * torch.stack(states, 1)).sum(-2) if states else torch.zeros_like(u))
 
 
 def scan(record: Recurrence, u: Tensor) -> Tensor:

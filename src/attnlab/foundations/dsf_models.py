@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -48,7 +49,7 @@ class ShortConvolution(nn.Module):
 class Layer(nn.Module):
     """Convolution, core, output projection."""
 
-    def __init__(self, width: int, core: nn.Module) -> None:
+    def __init__(self, width: int, core: Kept) -> None:
         super().__init__()
         self.convolution = ShortConvolution(width)
         self.core = core
@@ -59,12 +60,20 @@ class Layer(nn.Module):
         return self.out(self.core(self.convolution(x)))
 
 
-class Core(nn.Module):
-    """A mixer that is a record: from tokens to a :class:`~attnlab.foundations.dsf.Recurrence` and its inputs, then one evaluator."""
+class Kept(nn.Module):
+    """A core: it maps tokens to tokens and knows what it keeps of the past."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.values = nn.Linear(width, width, bias=False)
+
+    def state_floats(self, length: int) -> int:
+        """Numbers that a layer keeps between tokens, its convolution apart."""
+        raise NotImplementedError
+
+
+class Core(Kept):
+    """A mixer that is a record: from tokens to a :class:`~attnlab.foundations.dsf.Recurrence` and its inputs, then one evaluator."""
 
     def record(self, x: Tensor) -> Recurrence:
         """The record of tokens [B, T, D], with one head."""
@@ -76,18 +85,13 @@ class Core(nn.Module):
         evaluate = dsf.matrix if record.shared else dsf.recurrent  # a matter of speed at these lengths
         return evaluate(record, u)[:, :, 0]
 
-    def state_floats(self, length: int) -> int:
-        """Numbers that a layer keeps between tokens, its convolution apart."""
-        raise NotImplementedError
 
-
-class SoftmaxCore(nn.Module):
+class SoftmaxCore(Kept):
     """Softmax attention with one head. Its record would need infinitely many numbers, so it is computed directly."""
 
     def __init__(self, width: int, n: int) -> None:
-        super().__init__()
+        super().__init__(width)
         self.width, self.n = width, n
-        self.values = nn.Linear(width, width, bias=False)
         self.qk = nn.Linear(width, 2 * n, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,23 +143,21 @@ class S6Core(Core):
         super().__init__(width)
         self.width, self.n = width, n
         self.bc = nn.Linear(width, 2 * n, bias=False)
-        self.step = nn.Sequential(nn.Linear(width, math.ceil(width / 16), bias=False), self._last(width))
+        rank = math.ceil(width / 16)
+        self.step_down, self.step_up = nn.Linear(width, rank, bias=False), nn.Linear(rank, width)
         self.a_log = nn.Parameter(torch.empty(width, n))
         self.skip = nn.Parameter(torch.ones(width))
         self.a_log.no_weight_decay = self.skip.no_weight_decay = True  # type: ignore[attr-defined]
-
-    def _last(self, width: int) -> nn.Linear:
-        return nn.Linear(math.ceil(width / 16), width)
 
     def init_weights(self) -> None:
         """Rates and steps of Mamba."""
         with torch.no_grad():
             self.a_log.copy_(torch.arange(1, self.n + 1, dtype=self.a_log.dtype).log().expand_as(self.a_log))
-            _step_bias(self.step[-1].bias)
+            _step_bias(self.step_up.bias)
 
     def record(self, x: Tensor) -> Recurrence:
         b, c = self.bc(x)[:, :, None].chunk(2, -1)
-        dt = F.softplus(self.step(x))[:, :, None]
+        dt = F.softplus(self.step_up(self.step_down(x)))[:, :, None]
         return dsf_builders.s6(dt, self.a_log.exp(), b, c, self.skip)
 
     def state_floats(self, length: int) -> int:
@@ -223,16 +225,16 @@ class QLSTMCore(Core):
 
 KEEP_LONG = 0.98  # 1 / (1 - 0.98) = 50 tokens: longer than the sequences of the chapter
 
-#: the cores that are compared, by name; each takes the width
-CORES: dict[str, Callable[[int], nn.Module]] = {
-    "softmax": partial(SoftmaxCore, n=32),
-    "linear, n = 8": partial(LinearCore, n=8),
-    "linear, n = 32": partial(LinearCore, n=32),
-    "normalised, n = 8": partial(NormalisedCore, n=8),
-    "normalised, n = 32": partial(NormalisedCore, n=32),
-    "S6, n = 8": partial(S6Core, n=8),
-    "Mamba-2, n = 8": partial(SSDCore, n=8),
-    "Mamba-2, n = 32": partial(SSDCore, n=32),
+#: the cores that have a state expansion n; each takes width and n
+EXPANDED: dict[str, Callable[[int, int], Kept]] = {
+    "softmax": SoftmaxCore,
+    "linear": LinearCore,
+    "normalised": NormalisedCore,
+    "S6": S6Core,
+    "Mamba-2": SSDCore,
+}
+#: the four quasi-LSTMs: two gates, two starts; each takes the width
+QLSTMS: dict[str, Callable[[int], Kept]] = {
     "qLSTM": partial(QLSTMCore, gate="plain"),
     "qLSTM, reversed": partial(QLSTMCore, gate="reversed"),
     "qLSTM, long start": partial(QLSTMCore, gate="plain", keep=KEEP_LONG),
@@ -240,11 +242,35 @@ CORES: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def core(name: str, width: int) -> nn.Module:
-    """A new core of this name; one that :data:`CORES` lacks raises a ``ValueError``."""
-    if name not in CORES:
-        raise ValueError(f"name={name!r} is not known; choose one of {', '.join(CORES)}")
-    return CORES[name](width)
+@dataclass(frozen=True)
+class Spec:
+    """Which model: its core, the state expansion n (None for a quasi-LSTM), and whether its blocks have an MLP.
+
+    Raises:
+        ValueError: an unknown core, or an n that is missing or superfluous.
+    """
+
+    kind: str
+    n: int | None = None
+    mlp: bool = True
+
+    def __post_init__(self) -> None:
+        known = [*EXPANDED, *QLSTMS]
+        if self.kind not in known:
+            raise ValueError(f"kind={self.kind!r} is not known; choose one of {'; '.join(known)}")
+        if (self.n is None) == (self.kind in EXPANDED):
+            raise ValueError(
+                f"n={self.n}: {self.kind} {'needs' if self.kind in EXPANDED else 'has no'} state expansion"
+            )
+
+    @property
+    def name(self) -> str:
+        """As it stands in tables and figures."""
+        return self.kind + (f", n = {self.n}" if self.n else "") + ("" if self.mlp else ", no MLP")
+
+    def core(self, width: int) -> Kept:
+        """A new core."""
+        return EXPANDED[self.kind](width, self.n) if self.n else QLSTMS[self.kind](width)
 
 
 def effective_memory(record: Recurrence) -> float:
