@@ -10,6 +10,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -77,11 +78,11 @@ class Setting:
         average = normal(self.weights, 2 * self.d + 1) * 3**-0.5
         seen = rf.augment(tokens)
         for mu in self.biases:
-            yield "attention", mu, lambda mu=mu: rf.attention_features(seen, rf.biased(W, mu))
-        yield "softmax attention", 0.0, lambda: rf.attention_features(seen, W, "softmax")
-        yield "network", 0.0, lambda: rf.network_features(tokens, network)
-        yield "averaged network", 0.0, lambda: rf.set_features(tokens, average)
-        yield "linear", 0.0, lambda: tokens.flatten(1)
+            yield "attention", mu, partial(rf.attention_features, seen, rf.biased(W, mu))
+        yield "softmax attention", 0.0, partial(rf.attention_features, seen, W, "softmax")
+        yield "network", 0.0, partial(rf.network_features, tokens, network)
+        yield "averaged network", 0.0, partial(rf.set_features, tokens, average)
+        yield "linear", 0.0, partial(tokens.flatten, 1)
 
     def run(self, seed: int, targets: Sequence[Target] = TARGETS + PURE) -> list[dict[str, Any]]:
         """One draw of weights, direction and data: ``seed, model, mu, labels, target, error, penalty, seconds`` a row.
@@ -192,7 +193,8 @@ def gains(runs: pd.DataFrame) -> pd.DataFrame:
     """Error of every biased model over the unbiased one of the same draw: ``target, labels, mu, ratio, low, high``."""
     attention = runs[runs.model == "attention"]
     table = attention.pivot_table(index=["target", "labels", "seed"], columns="mu", values="error", sort=False)
-    ratios = table.div(table[0.0], axis=0).drop(columns=0.0).stack().rename("ratio").reset_index()
+    unbiased = table[0.0]
+    ratios = table.div(unbiased, axis=0).drop(columns=0.0).melt(ignore_index=False, value_name="ratio").reset_index()
     groups = ratios.groupby(["target", "labels", "mu"], sort=False).ratio
     return pd.DataFrame({"ratio": groups.mean(), "low": groups.min(), "high": groups.max()}).reset_index()
 
