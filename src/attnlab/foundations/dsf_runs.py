@@ -13,21 +13,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from attnlab import data, lab, records
+from attnlab.foundations import dsf_tables
 from attnlab.foundations.dsf_models import Core, Layer, QLSTMCore, S6Core, Spec, SSDCore, effective_memory
 from attnlab.models.language import MLP, Decoder
 from attnlab.models.losses import target_accuracy, target_loss
 from attnlab.models.sweep import count_parameters
 from attnlab.models.training import Diverged, TrainConfig, evaluating, fit, held_out, seeded, tensors
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 NAME = "python -m attnlab.foundations.dsf_runs"
 SOURCES = tuple(f"foundations/{name}.py" for name in ("dsf", "dsf_builders", "dsf_models", "dsf_runs"))
@@ -194,66 +192,6 @@ def memories(model: Decoder, tokens: Tensor) -> list[float] | None:
         return [round(effective_memory(core.record(x)), 3) for core, x in found if isinstance(core, Core)]
 
 
-# --------------------------------------------------------------------------------------------------------------- verdicts
-
-Interval = tuple[float, float]
-
-
-def accuracies(rows: Iterable[dict[str, Any]], case: str = "small") -> pd.DataFrame:
-    """Accuracy in percent of the runs that count, one row a seed and one column a model."""
-    import pandas as pd
-
-    counted = pd.DataFrame([row for row in rows if row.get("counts") and row["case"] == case])
-    return 100 * counted.pivot(index="seed", columns="impl", values="accuracy")
-
-
-def spread(values: Iterable[float]) -> tuple[float, Interval]:
-    """Mean and range over the seeds: with three there is no better interval."""
-    values = list(values)
-    return fmean(values), (min(values), max(values))
-
-
-def gain(table: pd.DataFrame, of: str, over: str) -> tuple[float, Interval]:
-    """Points by which one model is above another with the same seed: mean and range of the seeds."""
-    return spread((table[of] - table[over]).tolist())
-
-
-def verdicts(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Arguments for :func:`attnlab.claims.check` by claim, from :func:`accuracies`."""
-    softmax = spread(table["softmax, n = 32"].tolist())
-    form, start = gain(table, "qLSTM, reversed", "qLSTM"), gain(table, "qLSTM, long start", "qLSTM")
-    bare = gain(table, "normalised, n = 32, no MLP", "linear, n = 32, no MLP")
-    found = {
-        "state-expansion": (gain(table, "linear, n = 32", "linear, n = 8"), {"softmax": softmax}),
-        "normalisation": (gain(table, "normalised, n = 32", "linear, n = 32"), {"softmax": softmax}),
-        "unequal-blocks": (gain(table, "linear, n = 32", "linear, n = 32, no MLP"), {"normaliser": bare}),
-        "reversed-gate": (form, {"start": start}),
-        "initial-memory": (start, {"form": form}),
-    }
-    return {
-        claim: {"value": value, "interval": interval, "controls": controls}
-        for claim, ((value, interval), controls) in found.items()
-    }
-
-
-def summary(rows: Iterable[dict[str, Any]], case: str = "small") -> pd.DataFrame:
-    """One row a model: accuracy over the seeds in percent, its rate, parameters, and numbers of state a layer."""
-    import pandas as pd
-
-    counted = pd.DataFrame([row for row in rows if row.get("counts") and row["case"] == case])
-    by_model = counted.groupby("impl", sort=False)
-    accuracy = 100 * by_model.accuracy.agg(["mean", "min", "max"])
-    accuracy.columns = ["mean %", "lowest %", "highest %"]
-    return accuracy.assign(
-        **{
-            "rate": by_model.lr.first(),
-            "parameters": by_model.parameters.first(),
-            "state floats a layer": by_model.state_floats.first(),
-            "state bytes a layer": 4 * by_model.state_floats.first(),
-        }
-    ).rename_axis(None)
-
-
 # -------------------------------------------------------------------------------------------------------------- the command
 
 
@@ -292,7 +230,8 @@ def run(
 ) -> None:
     """Train what is missing in the record at ``path``, which is written after each run, until ``budget`` seconds are over."""
     old = records.load(path.stem, path.parent)
-    rows, began = [] if old is None else old.rows, time.perf_counter()
+    rows = [] if old is None else [row for row in old.rows if "claim" not in row]
+    began = time.perf_counter()
     for setting in settings:
         for spec, seed, lr, counts in todo(setting, specs, rows):
             if time.perf_counter() - began > budget:
@@ -304,6 +243,8 @@ def run(
                 save(model, spec, path.parent / "models")
             records.write(path, rows, sources=SOURCES, command=command, commit=commit)
             print(f"{setting.name}: {spec.name}, seed {seed}, {lr:g}: {row['accuracy']:.3f}", flush=True)
+    if settings == (Setting(),):
+        records.write(path, [*rows, *dsf_tables.claim_rows(rows)], sources=SOURCES, command=command, commit=commit)
 
 
 def model_file(spec: Spec, folder: Path) -> Path:
