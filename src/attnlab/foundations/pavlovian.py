@@ -24,6 +24,12 @@ from attnlab import mixers
 # ---------------------------------------------------------------------------------------------------------------- the rules
 
 
+def _share(**shares: float) -> None:
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name}={share} must lie between 0 and 1: it is a share")
+
+
 @dataclass(frozen=True)
 class Rule:
     """How one pairing changes the store.
@@ -62,6 +68,10 @@ class TraceDecay(Rule):
 
     keep: float = 0.9
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _share(keep=self.keep)
+
     def write(self, S: Tensor, k: Tensor, v: Tensor, theta: Tensor) -> Tensor:
         return self.keep * S + self.rate * outer(k, v)
 
@@ -97,6 +107,10 @@ class BCM(Rule):
     """
 
     span: float = 0.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _share(span=self.span)
 
     def write(self, S: Tensor, k: Tensor, v: Tensor, theta: Tensor) -> Tensor:
         return S + self.rate * outer(k, v * (v - theta))

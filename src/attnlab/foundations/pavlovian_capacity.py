@@ -245,11 +245,18 @@ CLEAN_UPS: tuple[CleanUp, ...] = ("none", "norm", "sign")
 LOADS = (8, 16, 32, 48)
 
 
-def chain(depth: int, n: int, clean_up: CleanUp, seed: int, *, d: int = 128, draws: int = 40) -> pd.DataFrame:
+def chain(
+    depth: int, n: int, clean_up: CleanUp, seed: int, *, d: int = 128, heads: int = 0, d_k: int = 64, draws: int = 40
+) -> pd.DataFrame:
     """Chained stores: what one layer answers is the cue of the next. Patterns of n ideas are random signs over sqrt(d).
 
     Args:
+        depth, n: layers and pairs a layer.
         clean_up: what happens between layers: nothing, the output norm of Definition 4 (unit length), or the sign of every number.
+        seed: of patterns and projections.
+        d: width of the patterns.
+        heads: 0 stores the patterns themselves; H averages H stores whose keys are random projections of them to ``d_k`` channels.
+        d_k, draws: width of a projected key; repetitions.
 
     Returns:
         one row a layer: ``layer, noise`` (mean squared distance to the right pattern), ``failed`` (share of chains in which a
@@ -257,14 +264,20 @@ def chain(depth: int, n: int, clean_up: CleanUp, seed: int, *, d: int = 128, dra
         is right).
     """
     _positive(depth=depth, n=n, d=d)
-    if clean_up not in ("none", "norm", "sign"):
-        raise ValueError(f"clean_up={clean_up!r} is unknown; use none, norm or sign")
+    if clean_up not in CLEAN_UPS:
+        raise ValueError(f"clean_up={clean_up!r} is unknown; use one of {', '.join(CLEAN_UPS)}")
     generator = torch.Generator().manual_seed(seed)
     patterns = (torch.randint(2, (depth + 1, draws, n, d), generator=generator) * 2 - 1) / math.sqrt(d)
     cue, failed, rows = patterns[0], torch.zeros(draws, n, dtype=torch.bool), []
     for layer in range(depth):
-        right = patterns[layer + 1]
-        answer = (cue @ patterns[layer].mT) @ right  # q S with S = K^T V
+        stored, right = patterns[layer], patterns[layer + 1]
+        if heads:
+            maps = torch.randn(draws, d, heads * d_k, generator=generator) / math.sqrt(
+                heads * d_k
+            )  # mean over heads inside
+            answer = ((cue @ maps) @ (stored @ maps).mT) @ right
+        else:
+            answer = (cue @ stored.mT) @ right  # q S with S = K^T V
         if clean_up == "norm":
             answer = answer / answer.norm(dim=-1, keepdim=True)
         power = (answer - right).square().sum(-1)
