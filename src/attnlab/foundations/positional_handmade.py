@@ -8,7 +8,7 @@ the attention too, because all places share one MLP.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,8 @@ def cumulative_sum(length: int) -> Network:
     network = blank(length, 1, width=1, heads=1, hidden=2)
     averages = torch.zeros(length + 1, length + 1, dtype=torch.float64)
     averages[:length, :length] = torch.ones(length, length, dtype=torch.float64).tril() / length
-    averages[:, length] = 1 - averages[:, :length].sum(1)
+    averages[:length, length] = torch.arange(length - 1, -1, -1, dtype=torch.float64) / length
+    averages[length, length] = 1  # the scratch node keeps to itself
     with torch.no_grad():
         layer = _layers(network)[0]
         set_weights(_positional(layer), averages[None])
@@ -201,3 +202,46 @@ def _layers(network: Network) -> list[Layer]:
 def _positional(layer: Layer) -> Positional:
     assert isinstance(layer.weights, Positional)
     return layer.weights
+
+
+# -------------------------------------------------------------------------------------------------------- what can be seen
+
+ALGORITHMS = {"running minimum": prefix_min, "running sum": cumulative_sum, "sorting": sorting}
+
+
+def rounds(algorithm: str, x: Tensor) -> list[Tensor]:
+    """The numbers that all places hold before the first round and after each, for a list x [n]: tensors [n].
+
+    Raises:
+        ValueError: an unknown algorithm.
+    """
+    held, lists = [x.double()], x.double()[None, :, None]  # [1, n, 1]
+    if algorithm == "sorting":
+        stages = odd_even_merge(len(x))
+        return held + [sorting(len(x), stages[: end + 1])(lists)[0, :, 0] for end in range(len(stages))]
+    network = _known(algorithm)(len(x))
+    state = network.encode(torch.cat([lists, lists.new_zeros(1, 1, 1)], dim=1))
+    for layer in network.layers:
+        state, _ = layer(state, network.position)
+        held.append(network.decode(state)[0, :-1, 0])
+    return held
+
+
+def wires(algorithm: str, length: int) -> list[list[tuple[int, int]]]:
+    """Who hears whom in every round: pairs (from, to) of places, from the attention weights of the network.
+
+    A place always knows its own number; the wire to itself is listed too.
+    """
+    network = _known(algorithm)(length)
+    found = []
+    for layer in _layers(network)[: len(odd_even_merge(length)) if algorithm == "sorting" else None]:
+        weights = layer.weights(network.position, network.position)[:, :length, :length].amax(0)  # any of the heads
+        heard = {(source, place) for place, source in (weights > 0).nonzero().tolist()}
+        found.append(sorted(heard | {(place, place) for place in range(length)}))
+    return found
+
+
+def _known(algorithm: str) -> Callable[[int], Network]:
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm: {algorithm!r} is unknown; choose one of {', '.join(ALGORITHMS)}")
+    return ALGORITHMS[algorithm]
