@@ -11,6 +11,7 @@ import torch
 from attnlab import claims
 from attnlab.foundations import pointer_networks_runs as runs
 from attnlab.foundations import pointer_tasks as tasks
+from attnlab.foundations import pointer_verdicts as verdicts
 from attnlab.foundations.geometry import IGNORE
 
 
@@ -57,29 +58,45 @@ def test_verdicts_take_the_numbers_that_they_say():
         for seed in (0, 1, 2)
         for n in (5, 10)
     ]
-    judged = runs.three_lstms(rows)
+    judged = verdicts.three_lstms(rows)
     assert judged["value"] == pytest.approx(71)
     assert judged["interval"] == pytest.approx((70, 72))
     assert judged["controls"]["softmax"][0] == pytest.approx(11)
     assert claims.measure("pointer-networks/ordering", **judged)["verdict"] == "confirmed"
 
     exact, by = np.array([True, True, False, False] * 10), np.array([4.0, 3.0, 2.0, 1.0] * 10)
-    assert runs.halves(exact, by)[0] == 100
-    assert runs.halves(exact, -by)[0] == -100
+    assert verdicts.halves(exact, by)[0] == 100
+    assert verdicts.halves(exact, -by)[0] == -100
 
-    value, (low, high) = runs.above(np.full(20, 1.1), np.ones(20))
+    value, (low, high) = verdicts.above(np.full(20, 1.1), np.ones(20))
     assert (value, low, high) == pytest.approx((10, 10, 10))
     scores = {"length": np.full(9, 2.2), "excess": np.full(9, 0.1), "greedy excess": np.full(9, 0.2)}
-    judged = runs.short_tours(scores)
+    judged = verdicts.short_tours(scores)
     assert judged["value"] == pytest.approx(10)
     assert judged["controls"]["nearest"][0] == pytest.approx(20)
     scores["over nearest"] = np.full(9, 0.05)
-    assert runs.tours_break(scores, scores)["value"] == pytest.approx(5)
+    assert verdicts.tours_break(scores, scores)["value"] == pytest.approx(5)
+
+
+def test_tables_print_fail_where_the_paper_does():
+    paper = verdicts.paper_table()
+    assert len(paper) == 11
+    assert (paper["area %"] == "FAIL").sum() == 2
+    scores = [{"n": 10, "exact": 0.5, "simple": simple, "area": 0.998} for simple in (1.0, 0.9)]
+    rows = [
+        {"case": "hull", "impl": kind, "seed": 0, "points": [5, 10], "scores": [score]}
+        for kind, score in zip((tasks.POINTER, tasks.SOFTMAX), scores, strict=True)
+    ]
+    record = runs.records.Record("r", "c", "c", "d", {"gpu": None, "cpus": 1}, {}, rows, {})
+    assert verdicts.hull_table(record).to_numpy().tolist() == [
+        [tasks.POINTER, "5-10", 10, 50.0, "99.8"],
+        [tasks.SOFTMAX, "5-10", 10, 50.0, "FAIL (99.8 of 90%)"],
+    ]
 
 
 def test_an_untrained_network_has_no_area_to_speak_of():
     with pytest.raises(ValueError, match="answers are simple polygons; train it longer"):
-        runs.beyond_trained(torch_seeded(), count=20)
+        verdicts.beyond_trained(torch_seeded(), count=20)
 
 
 def torch_seeded():
@@ -101,7 +118,7 @@ def test_a_record_goes_on_where_it_stopped_and_gives_its_networks_back(tmp_path)
     record = runs.records.load("tiny", tmp_path)
     assert record is not None
     assert not record.changed()
-    assert runs.score_rows(record, "tour")[0]["n"] == 5
+    assert verdicts.score_rows(record, "tour")[0]["n"] == 5
     solver = runs.load("tour", tasks.POINTER, folder=tmp_path)
     again = tasks.means(tasks.evaluate(solver, "tour", tasks.instances(5, 1000)))
     assert again["length"] == pytest.approx(rows[0]["scores"][0]["length"])

@@ -1,4 +1,4 @@
-"""Records and verdicts of the chapter ``foundations/pointer-networks``.
+"""The record of the chapter ``foundations/pointer-networks``.
 
 ``python -m attnlab.foundations.pointer_networks_runs --record records/pointer-networks.json`` trains what the chapter analyses, on a
 CPU in some twenty minutes; ``--size paper --device cuda`` trains at the paper's sizes. Both go on where they were interrupted.
@@ -10,17 +10,15 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 
-from attnlab import claims, lab, records
-from attnlab.foundations import polygons
+from attnlab import lab, records
 from attnlab.foundations.pointer_networks import Solver
 from attnlab.foundations.pointer_tasks import (
     ATTENTION,
@@ -29,10 +27,7 @@ from attnlab.foundations.pointer_tasks import (
     SET,
     SOFTMAX,
     Run,
-    Scores,
     Setting,
-    evaluate,
-    instances,
     rows_of,
 )
 from attnlab.models.sweep import count_parameters
@@ -43,8 +38,6 @@ SOURCES = tuple(
     for name in ("geometry", "polygons", "pointer_networks", "pointer_decoding", "pointer_tasks")
 )
 FOLDER = records.FOLDER / "models"
-
-Interval = tuple[float, float]
 
 
 # -------------------------------------------------------------------------------------------------------- what is trained
@@ -179,113 +172,6 @@ def load(case: str, kind: str, seed: int = 0, folder: Path = FOLDER) -> Solver:
     solver = Setting(**facts).build(kept)
     solver.load_state_dict(state)
     return solver.eval()
-
-
-# --------------------------------------------------------------------------------------------------------------- verdicts
-
-
-def spread(scores: Sequence[float]) -> tuple[float, Interval]:
-    """Mean and range over the seeds: with three there is no better interval."""
-    return fmean(scores), (min(scores), max(scores))
-
-
-def exact_by_kind(rows: Iterable[dict[str, Any]], n: int = 10) -> dict[str, tuple[float, Interval]]:
-    """Percent of exact hulls of n points by network: mean and range over the seeds. Rows of ``rows_of``."""
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        if row["n"] == n:
-            found.setdefault(row["kind"], []).append(100 * row["exact"])
-    return {kind: spread(scores) for kind, scores in found.items()}
-
-
-def three_lstms(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Arguments of :func:`attnlab.claims.check` for ``same-updates`` and ``ordering``."""
-    exact = exact_by_kind(rows)
-    value, interval = exact[POINTER]
-    return {
-        "value": value,
-        "interval": interval,
-        "controls": {"attention": exact[ATTENTION], "softmax": exact[SOFTMAX]},
-    }
-
-
-def beyond_trained(solver: Solver, n: int = 20, count: int = 1000) -> dict[str, Any]:
-    """Arguments for ``beyond-trained``: area covered at n points, beside what trivial answers cover."""
-    points = instances(n, count)
-    scores = evaluate(solver, "hull", points)
-    if scores["simple"].sum() < 2:
-        raise ValueError(f"solver: {scores['simple'].sum()} of {count} answers are simple polygons; train it longer")
-    covered = 100 * scores["area"][scores["simple"]]
-    half = 100 * polygons.half_area(points, np.random.default_rng(0))
-    extremes = 100 * polygons.extremes_area(points)
-    return {
-        "value": covered.mean(),
-        "interval": claims.bootstrap_mean(covered),
-        "controls": {
-            "half": (half.mean(), claims.bootstrap_mean(half)),
-            "extremes": (extremes.mean(), claims.bootstrap_mean(extremes)),
-            "simple": 100 * scores["simple"].mean(),
-        },
-    }
-
-
-def near_lines(solver: Solver, n: int = 10, count: int = 2000) -> dict[str, Any]:
-    """Arguments for ``near-lines``: exact hulls far from a change minus those near it; the same by early and late vertices."""
-    points = instances(n, count)
-    exact = evaluate(solver, "hull", points)["exact"]
-    value, interval = halves(exact, polygons.margins(points))
-    return {"value": value, "interval": interval, "controls": {"late": halves(exact, -polygons.lateness(points))}}
-
-
-def halves(exact: np.ndarray, by: np.ndarray) -> tuple[float, Interval]:
-    """Percent exact in the upper half of ``by`` minus that in the lower half, bootstrapped."""
-    upper = by > np.median(by)
-
-    def difference(picks: np.ndarray) -> np.ndarray:
-        high, right = upper[picks], exact[picks]
-        gap: np.ndarray = (right & high).sum(-1) / high.sum(-1) - (right & ~high).sum(-1) / (~high).sum(-1)
-        return 100 * gap
-
-    return float(difference(np.arange(len(exact)))), claims.bootstrap(len(exact), difference)
-
-
-def above(length: np.ndarray, reference: np.ndarray) -> tuple[float, Interval]:
-    """How far the mean length lies above the mean of the reference, in percent, bootstrapped over the instances."""
-
-    def percent(picks: np.ndarray) -> np.ndarray:
-        ratio: np.ndarray = length[picks].mean(-1) / reference[picks].mean(-1)
-        return 100 * (ratio - 1)
-
-    return float(percent(np.arange(len(length)))), claims.bootstrap(len(length), percent)
-
-
-def short_tours(scores: Scores) -> dict[str, Any]:
-    """Arguments for ``short-tours`` from the scores of a network on instances that are solved exactly."""
-    shortest = scores["length"] / (1 + scores["excess"])
-    value, interval = above(scores["length"], shortest)
-    return {
-        "value": value,
-        "interval": interval,
-        "controls": {"nearest": above(shortest * (1 + scores["greedy excess"]), shortest)},
-    }
-
-
-def tours_break(longer: Scores, trained: Scores) -> dict[str, Any]:
-    """Arguments for ``tours-break`` from the scores of one network at 20 and at 10 points."""
-    (value, interval), control = (
-        above(scores["length"], scores["length"] / (1 + scores["over nearest"])) for scores in (longer, trained)
-    )
-    return {"value": value, "interval": interval, "controls": {"trained": control}}
-
-
-def score_rows(record: records.Record, case: str) -> list[dict[str, Any]]:
-    """One row a network, seed and number of points of a case, as ``rows_of`` gives them."""
-    return [
-        {"kind": row["impl"], "seed": row["seed"], **scores}
-        for row in record.rows
-        if row["case"] == case
-        for scores in row["scores"]
-    ]
 
 
 # ------------------------------------------------------------------------------------------------------------ the command
