@@ -96,7 +96,7 @@ class Setting:
     change: float = 0.04
     width: int = 64
     heads: int = 2
-    steps: int = 600
+    steps: int = 400
     batch: int = 64
     lr: float = 3e-3
 
@@ -165,6 +165,9 @@ def zero_error(setting: Setting) -> float:
 # ----------------------------------------------------------------------------------------------------------- experiments
 
 
+PAUSE = Phase("", 0.0, 1)  # an empty trial, so that the last token says nothing about the trials before
+
+
 def respond(model: nn.Module, phases: Sequence[Phase], cue: str, features: int, seed: int) -> float:
     """Response to one cue after the phases, mean over :data:`ANIMALS` draws of the cues. The model learns in its state alone."""
     rng = np.random.default_rng([seed, 1])
@@ -180,21 +183,26 @@ def respond(model: nn.Module, phases: Sequence[Phase], cue: str, features: int, 
 
 
 def examine(model: nn.Module, features: int, seed: int) -> dict[str, float]:
-    """The indices of :func:`attnlab.foundations.pavlovian.indices`, of a trained model."""
+    """The indices of :func:`attnlab.foundations.pavlovian.indices`, of a trained model, and ``blocking, paused``.
 
-    def answer(name: str, cue: str) -> float:
-        return respond(model, EXPERIMENTS[name], cue, features, seed)
+    Without a pause the token of the test carries the last trial too, and a model can reckon with it: what the compound earned, less
+    what the store says of A, is what B is worth. After an empty trial only the store is left.
+    """
+
+    def answer(name: str, cue: str, *pause: Phase) -> float:
+        return respond(model, (*EXPERIMENTS[name], *pause), cue, features, seed)
 
     learned = answer("acquisition", "A")
     scale = max(learned, 0.05)  # who never learned has no effect to share, and must not divide by nothing
 
-    def less(effect: str, control: str, cue: str) -> float:
-        return (answer(control, cue) - answer(effect, cue)) / scale
+    def less(effect: str, control: str, cue: str, *pause: Phase) -> float:
+        return (answer(control, cue, *pause) - answer(effect, cue, *pause)) / scale
 
     return {
         "acquisition": learned,
         "extinction": less("extinction", "extinction, control: nothing happens", "A"),
         "blocking": less("blocking", "blocking, control: another cue first", "B"),
+        "blocking, paused": less("blocking", "blocking, control: another cue first", "B", PAUSE),
         "overshadowing": less("overshadowing", "overshadowing, control: B alone", "B"),
     }
 
