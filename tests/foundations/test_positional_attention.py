@@ -27,7 +27,9 @@ def lists(batch=3, length=5, seed=1):
 # ------------------------------------------------------------------------------------------------------------ the network
 
 
-@pytest.mark.parametrize("name", ["positional", "standard", "standard, P in every layer", "uniform"])
+@pytest.mark.parametrize(
+    "name", ["positional", "standard", "standard, P in every layer", "positional, P at the input", "uniform"]
+)
 def test_only_weights_that_look_change_with_the_data(name):
     network = build(name)
     _, one = network.run(lists(seed=1))
@@ -213,6 +215,8 @@ def test_ratios_are_of_the_same_seed():
     assert numbers["value"] == pytest.approx(25)
     assert numbers["interval"] == pytest.approx((25, 25))
     assert numbers["controls"] == pytest.approx({"at5": 9, "at3": 4, "in_range": 1e-3 * 2**0.5})
+    told = rows({"positional, P at the input": [1, 1, 1, 1, 5], "standard": [1, 1, 1, 1, 25]})
+    assert runs.positions_at_input(told)["value"] == pytest.approx(5)
     assert runs.rescaling(found)["value"] == pytest.approx(0.5)
     assert runs.beyond_scaling(found)["value"] == pytest.approx(10)
     assert runs.data_routing(found, found)["value"] == pytest.approx(10)
@@ -253,8 +257,8 @@ def test_the_command_writes_a_record_and_resumes(tmp_path, capsys):
     runs.main(["--record", str(path), "--tiny"])
     first = json.loads(path.read_text())
     judged = {row["claim"] for row in first["rows"] if "claim" in row}
-    assert len(judged) == 7
-    assert len(pd.DataFrame([row for row in first["rows"] if "claim" not in row]).groupby(["task", "model"])) == 10
+    assert len(judged) == 8
+    assert len(pd.DataFrame([row for row in first["rows"] if "claim" not in row]).groupby(["task", "model"])) == 16
     capsys.readouterr()
     runs.main(["--record", str(path), "--tiny", "--resume"])
     assert capsys.readouterr().out == ""

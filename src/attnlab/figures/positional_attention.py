@@ -22,6 +22,7 @@ MODEL_COLOURS = {
     "positional": OURS,
     "standard": SOFTMAX,
     "standard, P in every layer": BOTH,
+    "positional, P at the input": NEGATIVE,
     "uniform": CONTROL,
     "standard, rescaled": LINEAR,
 }

@@ -89,8 +89,14 @@ class ContentAndPosition(Learned):
         return width + nodes
 
 
+class PositionalTold(Positional):
+    """The second control: weights from positions, but the input carries them too, as that of the standard model does."""
+
+    told = True
+
+
 class Uniform(Weights):
-    """The second control: everybody listens to everybody, and nothing is learned."""
+    """The third control: everybody listens to everybody, and nothing is learned."""
 
     looks = False
 
@@ -191,7 +197,7 @@ class Network(nn.Module):
 
 
 class Rescaled(nn.Module):
-    """The third control: divide by the largest number, ask any network, multiply back. ``f(c x) = c f(x)`` by construction."""
+    """The fourth control: divide by the largest number, ask any network, multiply back. ``f(c x) = c f(x)`` by construction."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -208,6 +214,7 @@ MODELS: dict[str, type[Weights]] = {
     "positional": Positional,
     "standard": Content,
     "standard, P in every layer": ContentAndPosition,
+    "positional, P at the input": PositionalTold,
     "uniform": Uniform,
     "standard, rescaled": Content,
 }

@@ -1,4 +1,4 @@
-"""The experiments of the chapter ``foundations/positional-attention``: five kinds of attention on lists, beyond their values.
+"""The experiments of the chapter ``foundations/positional-attention``: six kinds of attention on lists, beyond their values.
 
 All seeds of a model train at once, stacked. ``python -m attnlab.foundations.positional_attention_runs --record
 records/positional-attention.json`` repeats everything with more tasks and updates; with ``--device cuda`` at the paper's size.
@@ -193,6 +193,12 @@ def not_repeated_positions(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"value": value, "interval": interval, "controls": {"uniform": ratio(rows, "uniform", "positional", 10)}}
 
 
+def positions_at_input(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """For ``positions-at-input``."""
+    value, interval = ratio(rows, "standard", "positional, P at the input", 10)
+    return {"value": value, "interval": interval}
+
+
 def rescaling(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """For ``rescaling``."""
     value, interval = ratio(rows, "standard, rescaled", "positional", 10)
@@ -247,14 +253,12 @@ def compare(
 
 
 def jobs(device: str) -> list[tuple[str, str]]:
-    """(task, model) of a record, the ones that claims need first. On a GPU all five tasks."""
+    """(task, model) of a record, the ones that claims need first. On a GPU all models on all tasks."""
     first = [("cumulative min", model) for model in chapter.MODELS]
     pointers = [(LOOKUP, model) for model in ("positional", "standard")]
-    second = [("cumulative sum", model) for model in ("positional", "standard", "standard, rescaled")]
-    if device == "cpu":
-        return first + pointers + second
     rest = [task for task in list_tasks.TASKS if task != "cumulative min"]
-    return first + pointers + list(product(rest, chapter.MODELS))
+    models = chapter.MODELS if device == "cuda" else ("positional", "standard")
+    return first + pointers + list(product(rest, models))
 
 
 def judged(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[dict[str, Any]]:
@@ -267,6 +271,7 @@ def judged(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[dict[st
     if {row["model"] for row in least} >= set(chapter.MODELS):
         found["extrapolates"] = extrapolates(least)
         found["not-repeated-positions"] = not_repeated_positions(least)
+        found["positions-at-input"] = positions_at_input(least)
         found["rescaling"] = rescaling(least)
         found["beyond-scaling"] = beyond_scaling(least)
         drift = pd.DataFrame([row for row in least if "small" in row])
