@@ -26,6 +26,7 @@ NAMES = [target.name for target in TARGETS + PURE]
 GRID = [round(x, 3) for x in np.linspace(-4, 8, 97).tolist()]  # scores
 CORRELATIONS = [round(x, 3) for x in np.linspace(-1, 1, 41).tolist()]
 WIDTH = 300
+LEAST = 1e-4  # smaller errors are drawn here
 
 # ------------------------------------------------------------------------------------------------------- the explorer
 
@@ -44,7 +45,8 @@ def explorer_chart(runs: pd.DataFrame, name: str = "rf") -> alt.VConcatChart:
         bind=alt.binding_select(options=NAMES, name="target (family, degree) "),
     )
     mu = alt.param(name=f"{name}_mu", value=0, bind=alt.binding_radio(options=biases, name="mean μ of the weights "))
-    table = summary(runs).round(4)
+    table = summary(runs)
+    table[["error", "low", "high"]] = table[["error", "low", "high"]].clip(lower=LEAST).round(5)
     sizes = sorted(table.labels.unique().tolist())
     base = (
         alt.Chart(table)
@@ -55,7 +57,10 @@ def explorer_chart(runs: pd.DataFrame, name: str = "rf") -> alt.VConcatChart:
         )
     )
     y = alt.Y(
-        "error:Q", title="relative test error", scale=alt.Scale(type="log"), axis=alt.Axis(tickCount=5, format="~g")
+        "error:Q",
+        title="relative test error",
+        scale=alt.Scale(type="log", nice=False),
+        axis=alt.Axis(tickCount=5, format="~g"),
     )
     told = [
         "model",
@@ -72,6 +77,7 @@ def explorer_chart(runs: pd.DataFrame, name: str = "rf") -> alt.VConcatChart:
     chart: alt.VConcatChart = alt.vconcat(
         curves, alt.hconcat(_score_panel(f"{name}_mu"), _weight_panel(f"{name}_mu"), spacing=14), spacing=16
     ).add_params(target, mu)
+    chart = chart.resolve_scale(color="independent")
     return chart.properties(title="How many labels does each model need?")
 
 
@@ -132,16 +138,20 @@ def gains_chart(table: pd.DataFrame, labels: int) -> Any:
         name="gain_mu", value=1, bind=alt.binding_radio(options=list(BIASES[1:]), name="mean μ of the weights ")
     )
     shown = table[table.labels == labels].round(4)
+    shown["change"] = np.select([shown.high < 1, shown.low > 1], ["gains", "loses"], "undecided")
     base = alt.Chart(shown).transform_filter("datum.mu == gain_mu")
     y = alt.Y("target:N", sort=NAMES, title=None)
     x = alt.X(
         "ratio:Q",
         title="error with the mean / error without",
-        scale=alt.Scale(type="log", domain=[0.4, 12], clamp=True),
-        axis=alt.Axis(values=[0.5, 1, 2, 5, 10], format="~g"),
+        scale=alt.Scale(type="log", domain=[0.4, 100], clamp=True),
+        axis=alt.Axis(values=[0.5, 1, 2, 5, 10, 50], format="~g"),
     )
-    colour = alt.condition(
-        "datum.high < 1", alt.value(OURS), alt.condition("datum.low > 1", alt.value(NEGATIVE), alt.value(CONTROL))
+    colour = alt.Color(
+        "change:N",
+        title=None,
+        scale=alt.Scale(domain=["gains", "undecided", "loses"], range=[OURS, CONTROL, NEGATIVE]),
+        legend=alt.Legend(orient="bottom"),
     )
     told = ["target", *(alt.Tooltip(f"{name}:Q", format=".2f") for name in ("ratio", "low", "high"))]
     even = alt.Chart(pd.DataFrame({"ratio": [1.0]})).mark_rule(strokeDash=[5, 4]).encode(x=x)
@@ -216,10 +226,9 @@ def heads_chart(heads: pd.DataFrame) -> alt.VConcatChart:
     picked = alt.selection_point(
         "rf_head", fields=["name"], value=[{"name": _largest(heads)}], on="click", toggle=False, empty=False
     )
-    frame = heads.assign(within=(heads.ratio <= heads.limit) & (heads.ratio >= heads["low limit"]))
-    kept = ["layer", "head", "name", "ratio", "limit", "low limit", "within"]
+    kept = ["layer", "head", "name", "ratio", "limit", "low limit"]
     cells = (
-        alt.Chart(frame[kept].round(3))
+        alt.Chart(heads[kept].round(3))
         .mark_rect()
         .encode(
             x=alt.X("head:O", title="head", axis=alt.Axis(labelAngle=0)),
@@ -237,15 +246,16 @@ def heads_chart(heads: pd.DataFrame) -> alt.VConcatChart:
         .properties(width=240, height=360)
         .add_params(picked)
     )
-    long = heads.melt("name", [f"at {t}" for t in OFFSETS], var_name="offset", value_name="ratio").round(3)
-    long["offset"] = long.offset.str.removeprefix("at ").astype(int)
+    columns = {f"at {t}": t for t in OFFSETS}
+    long = heads[["name", *columns]].melt("name", var_name="offset", value_name="ratio").round(3)
+    long["offset"] = long.offset.map(columns)
     further = (
         alt.Chart(long)
         .transform_filter(picked)
         .mark_line(point=True, color=SOFTMAX)
         .encode(
             x=alt.X("offset:O", title="tokens from key to query", axis=alt.Axis(labelAngle=0)),
-            y=alt.Y("ratio:Q", title="ratio", scale=alt.Scale(domain=[-5, 6])),
+            y=alt.Y("ratio:Q", title="ratio", scale=alt.Scale(domain=[-5, 9])),
             tooltip=["name", "offset", alt.Tooltip("ratio:Q", format=".2f")],
         )
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attnlab import claims, lab
-from attnlab.foundations.attention_measures import llama_layer, rotary_base
+from attnlab.foundations.attention_measures import habits, llama_layer, read, rotary_base
 from attnlab.mixers import rotate
 
 OFFSETS = (0, 1, 2, 4, 8, 16, 32, 64)
@@ -96,3 +96,15 @@ def verdict(heads: pd.DataFrame) -> dict[str, Any]:
 
     value, interval = share("ratio")
     return {"value": value, "interval": interval, "controls": {"shuffled": share("shuffled")}}
+
+
+def with_habits(heads: pd.DataFrame, model: Any, tokenizer: Any, text: str) -> pd.DataFrame:
+    """The rows of :func:`heads_frame` with what each head does on a text: columns of ``habits``, each a share of its weight."""
+    reading = read(model, tokenizer, text)
+    shares = habits(torch.stack([pattern[0] for pattern in reading.patterns]), reading.words)
+    return heads.merge(shares.rename(columns={"head": "name"}), on="name")
+
+
+def rank_correlation(x: pd.Series, y: pd.Series) -> float:
+    """Spearman's: 1 if both order the heads alike, 0 if one says nothing about the other."""
+    return float(np.corrcoef(x.rank(), y.rank())[0, 1])

@@ -199,6 +199,16 @@ def gains(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"ratio": groups.mean(), "low": groups.min(), "high": groups.max()}).reset_index()
 
 
+def lower_share(p: int, setting: Setting | None = None, inputs: int = 20_000, seed: int = 0) -> float:
+    """Share of the variance of ``correlation p`` that is not in its pure part, on random inputs."""
+    setting = setting or Setting()
+    generator = torch.Generator().manual_seed(seed)
+    tokens = rf.draw_tokens(inputs, setting.keys, setting.d, generator)
+    beta = F.normalize(torch.randn(setting.d, generator=generator, dtype=tokens.dtype), dim=0)
+    whole, pure = (Target("correlation", p, pure=which)(tokens, beta).var() for which in (False, True))
+    return float(1 - pure / whole)
+
+
 def slopes(runs: pd.DataFrame) -> pd.DataFrame:
     """The slope of log error against log labels for each model and target, over all sizes: mean and range of the draws."""
     rows = []
@@ -283,11 +293,15 @@ JUDGED = ("fewer-samples", "not-only-invariance", "query-meets-key", "bias-helps
 
 
 def record_rows(runs: pd.DataFrame, setting: Setting, seconds: float) -> list[dict[str, Any]]:
-    """Rows of the record: errors, slopes, and the verdicts at the two largest numbers of labels."""
+    """Rows of the record: the errors of all targets by draw, model and labels, and verdicts at the two largest numbers of labels."""
     few, many = sorted(setting.sizes)[-2:]
     size = {"d": setting.d, "keys": setting.keys, "heads": setting.heads}
-    rows = [{"case": "error", **size, **row} for row in runs.to_dict("records")]
-    rows += [{"case": "slope", **size, **row} for row in slopes(runs).to_dict("records")]
+    rows: list[dict[str, Any]] = []
+    for _, group in runs.groupby(["seed", "model", "mu", "labels"], sort=False):
+        one = group.iloc[0].to_dict()
+        errors = dict(zip(group.target, group.error.round(5), strict=True))
+        row = {"case": "curve", **size, **{key: one[key] for key in ("seed", "model", "mu", "labels")}}
+        rows.append(row | {"seconds": round(one["seconds"], 3), "errors": errors})
     seeds = sorted(runs.seed.unique().tolist())
     for name, found in verdicts(runs, few, many).items():
         judged = claims.measure(f"random-features/{name}", **found, seeds=seeds, seconds=seconds, origin="record")
@@ -295,9 +309,23 @@ def record_rows(runs: pd.DataFrame, setting: Setting, seconds: float) -> list[di
     return rows
 
 
+def from_record(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """The table of :func:`curves` from the rows of a record."""
+    kept = ("seed", "model", "mu", "labels")
+    return pd.DataFrame(
+        [
+            {key: row[key] for key in kept} | {"target": target, "error": error}
+            for row in rows
+            if row.get("case") == "curve"
+            for target, error in row["errors"].items()
+        ]
+    )
+
+
 def write_record(path: Path, setting: Setting, draws: int, *, command: str, commit: str) -> None:
     """Run draw after draw and write the record anew after each, so that an interruption costs one draw."""
-    began, found = time.perf_counter(), []
+    began = time.perf_counter()
+    found: list[dict[str, Any]] = []
     for seed in range(draws):
         found += setting.run(seed)
         seconds = time.perf_counter() - began
@@ -317,12 +345,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--device", default=None, choices=("cpu", "cuda"), help="left out: a GPU if there is one")
     parser.add_argument("--size", default=None, choices=tuple(SIZES), help="left out: large on a GPU, medium without")
+    parser.add_argument("--draws", type=int, default=None, help="left out: 10 of the large size, 5 of the medium one")
     parser.add_argument("--commit", default="unknown", help="of the code that runs")
     options = parser.parse_args(arguments)
     device = options.device or lab.device().type
     size = options.size or ("large" if device == "cuda" else "medium")
     setting, draws = SIZES[size]
-    command = f"{name} --record records/{options.record.name} --device {device} --size {size}"
+    draws = options.draws or draws
+    command = f"{name} --record records/{options.record.name} --device {device} --size {size} --draws {draws}"
     write_record(options.record, replace(setting, device=device), draws, command=command, commit=options.commit)
 
 
