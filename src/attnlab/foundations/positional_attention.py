@@ -80,7 +80,7 @@ class Content(Learned):
 
 
 class ContentAndPosition(Learned):
-    """The first control: states *and* positions, in every layer."""
+    """A control: states *and* positions, in every layer."""
 
     def asked(self, x: Tensor, p: Tensor) -> Tensor:
         return torch.cat([x, p.expand(*x.shape[:-1], p.shape[-1])], dim=-1)
@@ -90,13 +90,13 @@ class ContentAndPosition(Learned):
 
 
 class PositionalTold(Positional):
-    """The second control: weights from positions, but the input carries them too, as that of the standard model does."""
+    """A control: weights from positions, but the input carries them too, as that of the standard model does."""
 
     told = True
 
 
 class Uniform(Weights):
-    """The third control: everybody listens to everybody, and nothing is learned."""
+    """A control: everybody listens to everybody, and nothing is learned."""
 
     looks = False
 
@@ -197,7 +197,7 @@ class Network(nn.Module):
 
 
 class Rescaled(nn.Module):
-    """The fourth control: divide by the largest number, ask any network, multiply back. ``f(c x) = c f(x)`` by construction."""
+    """A control: divide by the largest number, ask any network, multiply back. ``f(c x) = c f(x)`` by construction."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
