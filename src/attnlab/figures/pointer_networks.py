@@ -97,7 +97,7 @@ def watch_chart(solvers: Mapping[str, Solver], instances: Mapping[str, np.ndarra
         alt.Tooltip("chance:Q", format=".1%", title="probability"),
         alt.Tooltip("state:N"),
     ]
-    axis: dict[str, Any] = {"scale": alt.Scale(domain=[0, 1]), "axis": alt.Axis(tickCount=3)}
+    axis: dict[str, Any] = {"scale": alt.Scale(domain=[-0.04, 1.06], nice=False), "axis": alt.Axis(values=[0, 0.5, 1])}
     line = (
         alt.Chart(paths)
         .transform_filter(f"{chosen} && datum.place <= ptr_step")
@@ -170,7 +170,12 @@ def sizes_chart(rows: pd.DataFrame, largest: int) -> alt.LayerChart:
         scale=alt.Scale(domain=list(KIND_COLOURS), range=list(KIND_COLOURS.values())),
         legend=alt.Legend(orient="bottom", columns=2),
     )
-    x = alt.X("n:Q", title="points", scale=alt.Scale(type="log"), axis=alt.Axis(values=sorted(set(rows.n))))
+    x = alt.X(
+        "n:Q",
+        title="points",
+        scale=alt.Scale(type="log", domain=[4.5, max(rows.n) * 1.1], nice=False),
+        axis=alt.Axis(values=sorted(set(rows.n))),
+    )
     y = alt.Y(
         "share:Q",
         title="share of answers, or of the area",
@@ -251,7 +256,7 @@ def answer_chart(network: str, task: str, n: int, instance: int, *, solvers: Map
         for place, symbol in enumerate(symbols)
     ]
     paths = pd.DataFrame(rows, columns=["answer", "place", "x", "y"])
-    axis: dict[str, Any] = {"scale": alt.Scale(domain=[0, 1]), "axis": alt.Axis(tickCount=3)}
+    axis: dict[str, Any] = {"scale": alt.Scale(domain=[-0.04, 1.06], nice=False), "axis": alt.Axis(values=[0, 0.5, 1])}
     lines = (
         alt.Chart(paths)
         .mark_line(strokeWidth=2.5)
