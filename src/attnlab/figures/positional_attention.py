@@ -111,7 +111,7 @@ def wires_chart(length: int = 8, algorithm: str = "running minimum") -> alt.Laye
         .transform_calculate(shown="format(datum.number * wire_scale, '~r')")
     )
     lit = "wire_pick.place && datum.output == wire_pick.place[0]"
-    chart: alt.LayerChart = alt.layer(
+    chart: Any = alt.layer(
         alt.Chart(wire_frame(length)).transform_filter(this).mark_rule(opacity=0.18).encode(**ends),
         alt.Chart(reach_frame(length))
         .transform_filter(f"{this} && {lit}")
@@ -122,9 +122,10 @@ def wires_chart(length: int = 8, algorithm: str = "running minimum") -> alt.Laye
         ),
         numbers.mark_text(fontSize=10.5, color="#10382a").encode(x=x, y=y, text="shown:N").add_params(pick),
     )
-    return chart.add_params(chosen, listed, scale).properties(
+    whole: alt.LayerChart = chart.add_params(chosen, listed, scale).properties(
         width=290, height=300, title="Who tells whom does not depend on the numbers"
     )
+    return whole
 
 
 def wires_twin() -> Twin:
@@ -247,11 +248,12 @@ def explorer_chart(
 # ----------------------------------------------------------------------------------------------------------------- errors
 
 
-def _error_layer(frame: pd.DataFrame, field: str) -> alt.LayerChart:
+def _error_layer(frame: pd.DataFrame, field: str) -> Any:
     """Error against scale on logarithmic axes, a thin line a seed and a thick one for their geometric mean."""
     kinds = [model for model in MODEL_COLOURS if model in set(frame["model"])]
     frame = frame.assign(run=frame["model"] + " " + frame["seed"].astype(str))
-    means = np.exp(np.log(frame[["mse", "relative"]]).groupby([frame["model"], frame["scale"]]).mean()).reset_index()
+    logs = frame.assign(mse=np.log(frame["mse"]), relative=np.log(frame["relative"]))
+    means = logs.groupby(["model", "scale"])[["mse", "relative"]].mean().apply(np.exp).reset_index()
     x = alt.X(
         "scale:Q",
         title="values up to c times those of training",
@@ -273,7 +275,7 @@ def _error_layer(frame: pd.DataFrame, field: str) -> alt.LayerChart:
     ]
     thin = alt.Chart(frame).mark_line(strokeWidth=1, opacity=0.35).encode(x=x, y=y, color=colour, detail="run:N")
     thick = alt.Chart(means).mark_line(strokeWidth=2.5, point=True).encode(x=x, y=y, color=colour, tooltip=tip)
-    chart: alt.LayerChart = alt.layer(thin, thick)
+    chart: Any = alt.layer(thin, thick)
     return chart
 
 
