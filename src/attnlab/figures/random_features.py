@@ -44,7 +44,7 @@ def explorer_chart(runs: pd.DataFrame, name: str = "rf") -> alt.VConcatChart:
         value="correlation 1",
         bind=alt.binding_select(options=NAMES, name="target (family, degree) "),
     )
-    mu = alt.param(name=f"{name}_mu", value=0, bind=alt.binding_radio(options=biases, name="mean μ of the weights "))
+    mu = alt.param(name=f"{name}_mu", value=1, bind=alt.binding_radio(options=biases, name="mean μ of the weights "))
     table = summary(runs)
     table[["error", "low", "high"]] = table[["error", "low", "high"]].clip(lower=LEAST).round(5)
     sizes = sorted(table.labels.unique().tolist())

@@ -1,0 +1,56 @@
+"""The explorer's target and mean, who gains from the mean, and a head of the real model."""
+
+import re
+
+import pytest
+from playwright.sync_api import expect
+
+
+@pytest.fixture(params=[1280, 390])
+def page(request, reader, page_with):
+    return reader(request.param).open(page_with('id="explorer"'))
+
+
+def shapes(page, figure, mark):
+    """The paths of one kind of mark, joined, to see whether they move."""
+    return page.locator(f"#{figure} svg .{mark}.role-mark path").evaluate_all(
+        "all => all.map(x => x.getAttribute('d') + x.getAttribute('transform')).join()"
+    )
+
+
+def changed(page, figure, mark, before):
+    page.wait_for_function(
+        """([figure, mark, old]) => [...document.querySelectorAll(`#${figure} svg .${mark}.role-mark path`)].map(
+            x => x.getAttribute('d') + x.getAttribute('transform')).join() != old""",
+        arg=[figure, mark, before],
+    )
+
+
+def test_the_mean_moves_one_line_and_the_score_of_a_key_that_equals_the_query(page):
+    scores, lines = shapes(page, "explorer", "mark-area"), shapes(page, "explorer", "mark-line")
+    page.locator("#explorer input[type=radio][value='4']").check()
+    changed(page, "explorer", "mark-area", scores)
+    changed(page, "explorer", "mark-line", lines)
+
+
+def test_another_target_has_other_curves(page):
+    lines, scores = shapes(page, "explorer", "mark-line"), shapes(page, "explorer", "mark-area")
+    page.locator("#explorer select").select_option("query 2")
+    changed(page, "explorer", "mark-line", lines)
+    assert shapes(page, "explorer", "mark-area") == scores
+
+
+def test_a_stronger_mean_moves_the_ratios(page):
+    expect(page.locator("#gains svg text").filter(has_text=re.compile("^gains$"))).to_have_count(1)
+    points = shapes(page, "gains", "mark-symbol")
+    page.locator("#gains input[type=radio][value='4']").check()
+    changed(page, "gains", "mark-symbol", points)
+
+
+def test_a_clicked_head_shows_its_ratio_further_back(page):
+    cells = page.locator("#real-heads svg .mark-rect.role-mark path")
+    expect(cells).to_have_count(270)
+    line = shapes(page, "real-heads", "mark-line")
+    cells.nth(9 * 9 + 1).click(force=True)
+    changed(page, "real-heads", "mark-line", line)
+    expect(page.locator("#real-heads svg text").filter(has_text=re.compile(r"^\d+\.\d$"))).not_to_have_count(0)
