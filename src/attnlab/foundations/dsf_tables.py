@@ -84,3 +84,26 @@ def cards(rows: Iterable[dict[str, Any]], *ids: str) -> list[claims.Card]:
     by_name = {row["claim"]: row for row in rows if "claim" in row}
     names = [f"dsf/{name}" for name in ids]
     return [claims.Card(claims.get(name), by_name[name]) for name in names if name in by_name]  # type: ignore[arg-type]
+
+
+def rate(rows: Iterable[dict[str, Any]], impl: str, default: float = 1e-2) -> float:
+    """The learning rate that the record chose for a model; ``default`` where there is no record."""
+    chosen = [row["lr"] for row in rows if row.get("counts") and row["impl"] == impl and row["case"] == "small"]
+    return float(chosen[0]) if chosen else default
+
+
+def gates(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """The four quasi-LSTMs: accuracy in percent, and the effective memory of each layer in tokens before and after, means of the seeds."""
+    import pandas as pd
+
+    counted = [row for row in rows if row.get("counts") and row["impl"].startswith("qLSTM") and row["case"] == "small"]
+    names = list(dict.fromkeys(row["impl"] for row in counted))
+    found = {}
+    for name in names:
+        mine = [row for row in counted if row["impl"] == name]
+        found[name] = {"accuracy, %": 100 * fmean(row["accuracy"] for row in mine)}
+        for when in ("before", "after"):
+            for layer in (0, 1):
+                column = f"memory {when}, layer {layer}"
+                found[name][column] = fmean(row[f"memory_{when}"][layer] for row in mine)
+    return pd.DataFrame.from_dict(found, orient="index")
