@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 
 import numpy as np
 import pandas as pd
@@ -217,7 +218,7 @@ def test_ratios_are_of_the_same_seed():
     assert numbers["controls"] == pytest.approx({"at5": 9, "at3": 4, "in_range": 1e-3 * 2**0.5})
     told = rows({"positional, P at the input": [1, 1, 1, 1, 5], "standard": [1, 1, 1, 1, 25]})
     assert runs.positions_at_input(told)["value"] == pytest.approx(5)
-    assert runs.rescaling(found)["value"] == pytest.approx(0.5)
+    assert runs.rescaling(found)["value"] == pytest.approx(math.log10(0.5))
     assert runs.beyond_scaling(found)["value"] == pytest.approx(10)
     assert runs.data_routing(found, found)["value"] == pytest.approx(10)
     assert runs.table(found).loc["standard", 10] == pytest.approx(25 * 2**0.5)

@@ -200,9 +200,19 @@ def positions_at_input(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def rescaling(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """For ``rescaling``."""
-    value, interval = ratio(rows, "standard, rescaled", "positional", 10)
-    return {"value": value, "interval": interval, "controls": {"plain": ratio(rows, "standard", "positional", 10)}}
+    """For ``rescaling``: powers of ten, since the seeds may lie far apart."""
+    value, plain = (ratio(rows, model, "positional", 10) for model in ("standard, rescaled", "standard"))
+    return {**_named(_powers(value)), "controls": {"plain": _powers(plain)}}
+
+
+def _powers(measured: Measured) -> Measured:
+    """A ratio and its range as powers of ten."""
+    value, (low, high) = measured
+    return math.log10(value), (math.log10(low), math.log10(high))
+
+
+def _named(measured: Measured) -> dict[str, Any]:
+    return {"value": measured[0], "interval": measured[1]}
 
 
 def data_routing(rows: Sequence[dict[str, Any]], minimum: Sequence[dict[str, Any]]) -> dict[str, Any]:
