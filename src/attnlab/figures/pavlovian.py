@@ -145,15 +145,20 @@ def similarity_chart(rule: str, similarity: float, rate: float) -> alt.LayerChar
             x=alt.X("trial:Q", title="trial"),
             y=alt.Y("response:Q", title="response to the cue alone"),
             color=alt.Color(
-                "cue:N", scale=alt.Scale(domain=list(CUE_COLOURS), range=list(CUE_COLOURS.values())), title="cue"
+                "cue:N",
+                scale=alt.Scale(domain=list(CUE_COLOURS), range=list(CUE_COLOURS.values())),
+                title=None,
+                legend=alt.Legend(orient="top"),
             ),
-            strokeDash=alt.StrokeDash("group:N", title=None, sort=["experiment", "control"]),
+            strokeDash=alt.StrokeDash(
+                "group:N", title=None, sort=["experiment", "control"], legend=alt.Legend(orient="bottom")
+            ),
             tooltip=["trial", "group", "cue", alt.Tooltip("response:Q", format=".2f")],
         )
     )
     start = alt.Chart(pd.DataFrame({"trial": [lab.N]})).mark_rule(strokeDash=[2, 3]).encode(x="trial:Q")
     chart: alt.LayerChart = (start + lines).properties(width=WIDTH, height=190)
-    return chart.properties(title=f"Blocking under {rule}: A+ first (or C+), AB+ from trial {lab.N + 1}")
+    return chart.properties(title=f"Blocking under {rule}: AB+ from trial {lab.N + 1}")
 
 
 def similarity_twin() -> Twin:
@@ -164,7 +169,8 @@ def similarity_twin() -> Twin:
         similarity=ipywidgets.FloatSlider(value=0.5, min=-0.5, max=0.9, step=0.1, description="similarity"),
         rate=ipywidgets.FloatSlider(value=0.3, min=0.1, max=0.6, step=0.1, description="rate"),
         alt="Response to cues A and B over the trials of a blocking experiment and its control group.",
-        caption="Raise the similarity: B answers before it was ever presented (generalisation), and blocking shrinks to what is left to learn.",
+        caption="Raise the similarity: B answers before it was ever presented (generalisation). Under the delta rule A and B then promise "
+        "together more than comes, and both lose although every trial is reinforced: overexpectation, another effect of the laboratory.",
     )
 
 
@@ -397,7 +403,12 @@ def heads_chart(found: pd.DataFrame) -> alt.LayerChart:
     lines = base.mark_line(strokeWidth=2).encode(x=x, y=alt.Y("theory:Q"), color=colour)
     points = base.mark_circle(size=80, opacity=1).encode(
         x=x,
-        y=alt.Y("noise:Q", title="noise power (signal: 1)", scale=alt.Scale(type="log"), axis=alt.Axis(tickCount=4)),
+        y=alt.Y(
+            "noise:Q",
+            title="noise power (signal: 1)",
+            scale=alt.Scale(type="log", domain=[0.05, 3]),
+            axis=alt.Axis(values=[0.05, 0.1, 0.2, 0.5, 1, 2]),
+        ),
         color=colour,
         tooltip=["keys", "heads", alt.Tooltip("noise:Q", format=".3f"), alt.Tooltip("theory:Q", format=".3f")],
     )
@@ -449,3 +460,44 @@ def depth_chart(found: pd.DataFrame) -> alt.VConcatChart:
         spacing=14,
     ).add_params(load)
     return chart.properties(title="How far does a chain carry?")
+
+
+def trained_chart(rows: Sequence[dict[str, Any]]) -> alt.VConcatChart:
+    """Blocking index of trained models, one point a seed: tested at once, and after an empty trial."""
+    table = pd.DataFrame([row for row in rows if "rule" in row])
+    rules = list(dict.fromkeys(table["rule"]))
+    panels = []
+    for column, title in (("blocking", "tested at once"), ("blocking, paused", "after an empty trial")):
+        shown = table.assign(index=table[column], model=table["layers"].map({1: "one layer", 2: "two layers"}))
+        points = (
+            alt.Chart(shown)
+            .mark_point(filled=True, size=70, opacity=0.8)
+            .encode(
+                x=alt.X(
+                    "index:Q",
+                    title="blocking index",
+                    scale=alt.Scale(domain=[-0.2, 0.8], clamp=True),
+                    axis=alt.Axis(tickCount=5),
+                ),
+                y=alt.Y("rule:N", sort=rules, title=None),
+                yOffset=alt.YOffset("model:N"),
+                color=alt.Color(
+                    "model:N",
+                    title=None,
+                    scale=alt.Scale(domain=["one layer", "two layers"], range=[OURS, SOFTMAX]),
+                    legend=alt.Legend(orient="top"),
+                ),
+                shape=alt.Shape("model:N", legend=None),
+                tooltip=[
+                    "rule",
+                    "model",
+                    "seed",
+                    alt.Tooltip("index:Q", format=".2f"),
+                    alt.Tooltip("error:Q", format=".3f"),
+                ],
+            )
+            .properties(width=WIDTH - 110, height=150, title=alt.Title(title, fontSize=13))
+        )
+        panels.append(points)
+    chart: alt.VConcatChart = alt.vconcat(*panels, spacing=16)
+    return chart.properties(title="Do trained models block?")

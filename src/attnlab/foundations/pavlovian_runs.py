@@ -8,6 +8,7 @@ a GPU.
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -231,6 +232,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="where to train: cpu or cuda")
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--steps", type=int, help="updates of a model, instead of the setting's own")
+    parser.add_argument("--resume", action="store_true", help="go on with a record of the same setting")
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), help="seconds after which no second model is begun"
+    )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--large", action="store_true", help="wider models and ten times the updates: for a GPU")
     size.add_argument("--tiny", action="store_true", help="two updates, to see that all of it works")
@@ -242,9 +247,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command += "".join(f" --{flag}" for flag in ("large", "tiny") if getattr(options, flag))
     command += f" --steps {options.steps}" if options.steps is not None else ""
     rows: list[dict[str, Any]] = [{"setting": asdict(setting), "zero error": zero_error(setting)}]
-    todo = list(product(range(options.seeds), (1, 2), TRAINED))
+    if options.resume and (before := records.load(options.record.stem, options.record.parent)) is not None:
+        if before.rows[0] != rows[0] or before.changed():
+            parser.error("--resume: the record has another setting, or the code has changed since; make it anew")
+        rows = before.rows
+    done = {(row["seed"], row["layers"], row["rule"]) for row in rows[1:]}
+    todo = [case for case in product(range(options.seeds), (1, 2), TRAINED) if case not in done]
+    began, started = time.monotonic(), len(rows)
     with lab.one_thread():
         for seed, layers, rule in lab.progress(todo, "seeds x layers x rules"):
+            if len(rows) > started and time.monotonic() - began > options.budget:
+                break
             rows.append(setting.train(rule, layers, seed, options.device))
             records.write(options.record, rows, sources=SOURCES, command=command, commit=options.commit)
 
