@@ -151,5 +151,5 @@ def test_inputs_and_sizes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="log_eta: holds NaN or infinite"):
         dsf_builders.normalised_attention(Q, K, torch.full((2, 13, 3), torch.inf).double())
     long = dsf_builders.normalised_attention(draw(1, 1, 17, 1, 2), draw(2, 1, 17, 1, 2), draw(3, 1, 17, 1))
-    with pytest.raises(ValueError, match="17 tokens, but dense"):
+    with pytest.raises(ValueError, match="17 tokens with N = 4, but dense"):
         dsf.dense(long, 2)

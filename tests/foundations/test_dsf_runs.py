@@ -81,12 +81,22 @@ def test_a_record_goes_on_where_it_stopped(tmp_path, capsys):
     assert not path.exists()
     dsf_runs.main(["--record", str(path), "--tiny"])
     rows = records.load("dsf", tmp_path).rows
-    assert [row["seed"] for row in rows] == [100] * 4 + [0, 0, 1, 1, 2, 2]
-    assert [row["counts"] for row in rows] == [False] * 4 + [True] * 6
-    assert all(row["lr"] in dsf_runs.Setting().rates for row in rows)
+    assert [row["seed"] for row in rows] == [0, 0, 1, 1, 2, 2]
+    assert all(row["counts"] and row["lr"] in dsf_runs.Setting().rates for row in rows)
     dsf_runs.main(["--record", str(path), "--tiny"])
-    assert len(records.load("dsf", tmp_path).rows) == 10
+    assert len(records.load("dsf", tmp_path).rows) == 6
     capsys.readouterr()
+
+
+def test_rates_are_chosen_on_a_seed_that_does_not_count():
+    setting, spec = replace(TINY, rates=(1e-3, 1e-2)), Spec("qLSTM")
+    jobs = list(dsf_runs.todo(setting, [spec], []))[:2]
+    assert jobs == [(spec, 100, 1e-3, False), (spec, 100, 1e-2, False)]
+    rows = [
+        {"case": setting.name, "impl": "qLSTM", "seed": 100, "lr": lr, "counts": False, "accuracy": lr}
+        for lr in setting.rates
+    ]
+    assert list(dsf_runs.todo(setting, [spec], rows)) == [(spec, seed, 1e-2, True) for seed in (0, 1, 2)]
 
 
 def test_a_model_comes_back_from_its_file(tmp_path):
@@ -109,6 +119,7 @@ def test_verdicts_follow_their_rules():
         for spec in dsf_runs.SMALL
         for seed in dsf_runs.SEEDS
     ]
+    assert dsf_tables.claim_rows(rows[:-1]) == []
     by_claim = {row["claim"]: row["verdict"] for row in dsf_tables.claim_rows(rows)}
     assert by_claim["dsf/state-expansion"] == "refuted"
     assert by_claim["dsf/reversed-gate"] == "refuted"

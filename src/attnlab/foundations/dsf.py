@@ -21,7 +21,7 @@ from torch import Tensor
 from attnlab.mixers import checks
 
 Evaluator = Callable[["Recurrence", Tensor], Tensor]
-DENSE_TOKENS = 16  # a matrix of N x N numbers a token is for checking, not for computing
+DENSE_TOKENS, DENSE_STATE = 16, 512  # a matrix of N x N numbers a token is for checking, not for computing
 
 
 @dataclass(frozen=True)
@@ -225,16 +225,17 @@ def dense(record: Recurrence, channels: int, *, batch: int = 0, head: int = 0) -
     """Write one head of one sequence out, with the state in the order of the paper: ``h[v K + k]``, as in I_V (x) phi.
 
     Args:
-        record: at most 16 tokens.
+        record: at most 16 tokens and N = 512.
         channels: V.
 
     Raises:
-        ValueError: more tokens than that.
+        ValueError: more tokens or a larger state than that.
     """
     length, (numbers, _) = record.c.shape[1], record.size
-    if length > DENSE_TOKENS:
+    if length > DENSE_TOKENS or channels * numbers > DENSE_STATE:
         raise ValueError(
-            f"record: {length} tokens, but dense matrices are for at most {DENSE_TOKENS}; use an evaluator"
+            f"record: {length} tokens with N = {channels * numbers}, but dense matrices are for at most {DENSE_TOKENS} tokens and "
+            f"N = {DENSE_STATE}; use an evaluator"
         )
 
     def state_like(x: Tensor) -> Tensor:  # [T, V, K]

@@ -20,7 +20,7 @@ from attnlab.mixers import checks, elu_plus_one, retnet_log_decay, rotate
 
 
 def separable(psi: Tensor, phi: Tensor, log_eta: Tensor) -> Recurrence:
-    """Attention with weights ``psi(q_i) . phi(k_j) / eta_i`` (section 3.2 of the paper).
+    """Attention with weights ``psi(q_i) . phi(k_j) / eta_i``.
 
     Lambda_i = eta_{i-1} / eta_i, B_i = phi(k_i) / eta_i, C_i = psi(q_i). The transition forgets nothing: it takes the old
     normaliser off and puts the new one on, so it may well exceed 1, and products telescope to eta_j / eta_i.

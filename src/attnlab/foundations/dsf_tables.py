@@ -70,8 +70,10 @@ def summary(rows: Iterable[dict[str, Any]], case: str = "small") -> pd.DataFrame
 
 
 def claim_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the ledger for all claims that rest on the training runs."""
+    """Rows of the ledger for all claims that rest on the training runs; none before all runs are there."""
     rows = list(rows)
+    if accuracies(rows).isna().any(axis=None):
+        return []
     seconds = sum(row["seconds"] for row in rows if row["counts"])
     return [
         dict(claims.measure(f"dsf/{name}", **found, seconds=seconds, origin="record"))
