@@ -121,9 +121,16 @@ def equation_chart(cells: pd.DataFrame, tokens: pd.DataFrame, row: int | None = 
             y=alt.Y("i:O", title="output i", axis=axis),
             color=alt.Color(
                 "phi:Q",
-                title="size of Φ (largest: 1)",
+                title="|Φ|, largest 1",
                 scale=alt.Scale(type="sqrt", domain=[0, 1], range=["#f2f2f2", "#9ecae1", SOFTMAX]),
-                legend=alt.Legend(orient="bottom", gradientLength=190, values=[0, 0.1, 0.5, 1]),
+                legend=alt.Legend(
+                    orient="none",
+                    legendX=128,
+                    legendY=4,
+                    direction="horizontal",
+                    gradientLength=120,
+                    values=[0, 0.1, 1],
+                ),
             ),
             stroke=alt.condition(cell, alt.value(NEGATIVE), alt.value(None)),
             strokeWidth=alt.value(2),
