@@ -218,7 +218,11 @@ def explorer_chart(
                     axis=alt.Axis(values=lines, labelExpr=layer_name, labelAngle=-90, **quiet),
                 ),
                 y2="y2:Q",
-                color=alt.Color("weight:Q", scale=alt.Scale(domain=[0, 1], range=["#ffffff", colour]), legend=None),
+                color=alt.Color(
+                    "weight:Q",
+                    scale=alt.Scale(domain=[0, 1], range=["#ffffff", colour], interpolate="rgb"),
+                    legend=None,
+                ),
                 tooltip=[
                     "layer:O",
                     "head:O",
@@ -273,7 +277,7 @@ def _error_layer(frame: pd.DataFrame, field: str) -> Any:
         alt.Tooltip("mse:Q", format=".2e"),
         alt.Tooltip("relative:Q", format=".2e", title="by c²"),
     ]
-    thin = alt.Chart(frame).mark_line(strokeWidth=1, opacity=0.35).encode(x=x, y=y, color=colour, detail="run:N")
+    thin = alt.Chart(frame).mark_line(strokeWidth=1, opacity=0.6).encode(x=x, y=y, color=colour, detail="run:N")
     thick = alt.Chart(means).mark_line(strokeWidth=2.5, point=True).encode(x=x, y=y, color=colour, tooltip=tip)
     chart: Any = alt.layer(thin, thick)
     return chart
