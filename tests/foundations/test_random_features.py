@@ -109,6 +109,22 @@ def test_mean_weight_is_the_mean_over_heads_and_apart_from_a_line_even():
         torch.testing.assert_close(rf.mean_weight(c, mu) - rf.mean_weight(-c, mu), mu * c)
 
 
+@pytest.mark.parametrize("d", [3, 8])
+def test_parts_of_the_mean_weight_add_up_and_hold_no_odd_power_beyond_the_line(d):
+    for mu in (0.5, 4.0):
+        parts = rf.mean_weight_parts(mu, d, degrees=12)
+        assert parts[1] == pytest.approx(mu / 2 * d**-0.5, rel=1e-3)  # of s / 2
+        assert max(map(abs, parts[3::2])) < 1e-6
+        c = rf.draw_tokens(200_000, 1, d, generator())[:, 0, 0]  # as the correlation of two random tokens
+        assert sum(x**2 for x in parts) == pytest.approx(float(rf.mean_weight(c, mu).square().mean()), rel=0.01)
+
+
+def test_the_sign_of_the_mean_flips_the_line_alone():
+    there, back = (rf.mean_weight_parts(mu, 8) for mu in (2.0, -2.0))
+    assert back[1] == pytest.approx(-there[1])
+    assert [back[0], *back[2:]] == pytest.approx([there[0], *there[2:]])
+
+
 def test_a_target_of_the_model_is_found_exactly():
     _, seen, W = problem(n=120, heads=10)
     x = rf.attention_features(seen, W)  # 60 features
@@ -222,7 +238,7 @@ def table():
 
 
 def test_a_run_has_a_row_for_every_model_size_and_target(table):
-    models = {"attention": 3, "softmax attention": 1, "network": 1, "averaged network": 1, "linear": 1}
+    models = {"attention": 3, "softmax attention": 2, "network": 1, "averaged network": 1, "linear": 1}
     counted = table.groupby("model").size().to_dict()
     assert counted == {name: n * 2 * 15 * 2 for name, n in models.items()}
     again = pd.DataFrame(TINY.run(1))
@@ -256,8 +272,8 @@ def test_gains_and_slopes_and_summary_cover_the_table(table):
     assert len(gains) == 15 * 2 * 2
     assert (gains.low <= gains.ratio).all()
     slopes = runs.slopes(table)
-    assert len(slopes) == 7 * 15
-    assert len(runs.summary(table)) == 7 * 15 * 2
+    assert len(slopes) == 8 * 15
+    assert len(runs.summary(table)) == 8 * 15 * 2
 
 
 def test_claims_of_the_curves_are_declared_and_can_be_judged(table):
@@ -290,7 +306,7 @@ def test_the_command_writes_a_record_that_can_be_read_back(tmp_path, capsys):
     assert record.command.endswith("--device cpu --size tiny --draws 1")
     assert not record.changed()
     table = runs.from_record(record.rows)
-    assert len(table) == 7 * 2 * 15
+    assert len(table) == 8 * 2 * 15
     assert {row["claim"].split("/")[1] for row in record.rows if "claim" in row} == set(runs.verdicts(table, 20, 40))
     assert json.loads(path.read_text())["rows"][0]["case"] == "curve"
     assert "draw 1 of 1" in capsys.readouterr().out

@@ -45,7 +45,7 @@ def explorer_chart(runs: pd.DataFrame, name: str = "rf") -> alt.VConcatChart:
         bind=alt.binding_select(options=NAMES, name="target (family, degree) "),
     )
     mu = alt.param(name=f"{name}_mu", value=1, bind=alt.binding_radio(options=biases, name="mean μ of the weights "))
-    table = summary(runs)
+    table = summary(runs[(runs.model == "attention") | (runs.mu == 0)])
     table[["error", "low", "high"]] = table[["error", "low", "high"]].clip(lower=LEAST).round(5)
     sizes = sorted(table.labels.unique().tolist())
     base = (
@@ -78,7 +78,7 @@ def explorer_chart(runs: pd.DataFrame, name: str = "rf") -> alt.VConcatChart:
         curves, alt.hconcat(_score_panel(f"{name}_mu"), _weight_panel(f"{name}_mu"), spacing=14), spacing=16
     ).add_params(target, mu)
     chart = chart.resolve_scale(color="independent")
-    return chart.properties(title="How many labels does each model need?")
+    return chart.properties(title="How many labels does it take?")
 
 
 def _model_colour() -> alt.Color:
@@ -135,7 +135,9 @@ def _weight_panel(mu: str) -> alt.Chart:
 def gains_chart(table: pd.DataFrame, labels: int) -> Any:
     """Error with the chosen mean over error without, target by target; a radio chooses the mean."""
     mu = alt.param(
-        name="gain_mu", value=1, bind=alt.binding_radio(options=list(BIASES[1:]), name="mean μ of the weights ")
+        name="gain_mu",
+        value=1,
+        bind=alt.binding_radio(options=[mu for mu in BIASES if mu], name="mean μ of the weights "),
     )
     shown = table[table.labels == labels].round(4)
     shown["change"] = np.select([shown.high < 1, shown.low > 1], ["gains", "loses"], "undecided")

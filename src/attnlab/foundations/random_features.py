@@ -5,7 +5,7 @@ layer is a linear model on fixed features. Of the paper we read the abstract and
 biased weights and the constant in the values are ours, and so are the infinite-head kernel and the moments.
 
 Tensors here: tokens ``[n, N + 1, D]`` with the query first and N keys after it; unit tokens of width d become ``D = d + 1`` by
-:func:`augment`.
+``augment``.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 def paired_kernel(x: Tensor, y: Tensor) -> Tensor:
-    """The formula of :func:`kernel` with ``i = j`` only: a plausible mistake, since the order of the keys must not count."""
+    """The formula of ``kernel`` with ``i = j`` only: a plausible mistake, since the order of the keys must not count."""
     _require_augmented(x=x, y=y)
     queries = x[:, 0] @ y[:, 0].T
     keys = torch.einsum("nid,mid->inm", x[:, 1:], y[:, 1:])
@@ -223,6 +223,25 @@ def mean_weight(c: Tensor, mu: float) -> Tensor:
     normal = torch.distributions.Normal(0.0, 1.0)
     s = mu * c
     return s * normal.cdf(s) + normal.log_prob(s).exp()
+
+
+def mean_weight_parts(mu: float, d: int, degrees: int = 5, points: int = 20_001) -> list[float]:
+    """What ``mean_weight`` holds of each degree in c: coefficients on orthonormal polynomials, [degrees].
+
+    The polynomials are orthonormal for the correlation of two random unit vectors of ``d >= 3`` dimensions (Gegenbauer's), so
+    the squares of the coefficients add up to the mean square weight.
+    """
+    c = torch.linspace(-1, 1, points, dtype=torch.float64)
+    often = (1 - c**2).clamp(min=0) ** ((d - 3) / 2)
+    often /= often.sum()
+    basis: list[Tensor] = []
+    for k in range(degrees):
+        polynomial = c**k
+        for lower in basis:
+            polynomial = polynomial - (polynomial * lower * often).sum() * lower
+        basis.append(polynomial / (polynomial.square() * often).sum().sqrt())
+    weight = mean_weight(c, mu)
+    return [float((weight * polynomial * often).sum()) for polynomial in basis]
 
 
 def _require_augmented(**given: Tensor) -> None:

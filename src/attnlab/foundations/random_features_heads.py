@@ -44,7 +44,7 @@ def diagonal_ratio(W_Q: Tensor, W_K: Tensor) -> Tensor:
 
 
 def shuffled_ratios(W_Q: Tensor, W_K: Tensor, shuffles: int, generator: torch.Generator) -> Tensor:
-    """:func:`diagonal_ratio` after the input coordinates of the keys were shuffled, [shuffles]: the same numbers, no diagonal."""
+    """``diagonal_ratio`` after the input coordinates of the keys were shuffled, [shuffles]: the same numbers, no diagonal."""
     d = W_Q.shape[-2]
     product = W_Q @ W_K.mT  # [d, d]
     order = torch.stack([torch.randperm(d, generator=generator) for _ in range(shuffles)])
@@ -99,7 +99,7 @@ def verdict(heads: pd.DataFrame) -> dict[str, Any]:
 
 
 def with_habits(heads: pd.DataFrame, model: Any, tokenizer: Any, text: str) -> pd.DataFrame:
-    """The rows of :func:`heads_frame` with what each head does on a text: columns of ``habits``, each a share of its weight."""
+    """The rows of ``heads_frame`` with what each head does on a text: columns of ``habits``, each a share of its weight."""
     reading = read(model, tokenizer, text)
     shares = habits(torch.stack([pattern[0] for pattern in reading.patterns]), reading.words)
     return heads.merge(shares.rename(columns={"head": "name"}), on="name")

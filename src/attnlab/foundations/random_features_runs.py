@@ -30,7 +30,7 @@ Interval = tuple[float, float]
 
 SEEDS = tuple(range(8))
 KERNEL_SEEDS = tuple(range(16))
-BIASES = (0.0, 0.5, 1.0, 2.0, 4.0)
+BIASES = (-1.0, 0.0, 0.5, 1.0, 2.0, 4.0)
 TARGETS = tuple(Target(family, p) for family in FAMILIES for p in (1, 2, 3, 4))
 PURE = tuple(Target("correlation", p, pure=True) for p in (1, 2, 3))
 WORST_OF = ("query 2", "keys 2", "correlation 1")  # the targets of which a claim takes the largest ratio
@@ -48,6 +48,7 @@ class Setting:
         sizes: numbers of labels, the validation split among them.
         test: held-out inputs.
         biases: strengths of the mean of the query-key weights.
+        softmax_biases: those that softmax attention is run with.
         device: where it runs.
     """
 
@@ -57,6 +58,7 @@ class Setting:
     sizes: tuple[int, ...] = (100, 200, 400, 800)
     test: int = 1000
     biases: tuple[float, ...] = BIASES
+    softmax_biases: tuple[float, ...] = (0.0, 1.0)
     device: str = "cpu"
 
     @property
@@ -79,7 +81,8 @@ class Setting:
         seen = rf.augment(tokens)
         for mu in self.biases:
             yield "attention", mu, partial(rf.attention_features, seen, rf.biased(W, mu))
-        yield "softmax attention", 0.0, partial(rf.attention_features, seen, W, "softmax")
+        for mu in self.softmax_biases:
+            yield "softmax attention", mu, partial(rf.attention_features, seen, rf.biased(W, mu), "softmax")
         yield "network", 0.0, partial(rf.network_features, tokens, network)
         yield "averaged network", 0.0, partial(rf.set_features, tokens, average)
         yield "linear", 0.0, partial(tokens.flatten, 1)
@@ -310,7 +313,7 @@ def record_rows(runs: pd.DataFrame, setting: Setting, seconds: float) -> list[di
 
 
 def from_record(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    """The table of :func:`curves` from the rows of a record."""
+    """The table of ``curves`` from the rows of a record."""
     kept = ("seed", "model", "mu", "labels")
     return pd.DataFrame(
         [

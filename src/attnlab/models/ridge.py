@@ -107,7 +107,7 @@ def fit(x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor, lambdas: Sequence[fl
         lambdas: penalties to choose from, for features whose variances sum to 1.
 
     Raises:
-        ValueError: as :class:`Path`, no penalty given, or a validation split of another width or without rows.
+        ValueError: as ``Path``, no penalty given, or a validation split of another width or without rows.
     """
     if not lambdas:
         raise ValueError("lambdas: none given; leave it out for the default grid")
