@@ -145,7 +145,7 @@ def gains_chart(table: pd.DataFrame, labels: int) -> Any:
     y = alt.Y("target:N", sort=NAMES, title=None)
     x = alt.X(
         "ratio:Q",
-        title="error with the mean / error without",
+        title="error with the mean / without",
         scale=alt.Scale(type="log", domain=[0.4, 100], clamp=True),
         axis=alt.Axis(values=[0.5, 1, 2, 5, 10, 50], format="~g"),
     )
@@ -160,7 +160,7 @@ def gains_chart(table: pd.DataFrame, labels: int) -> Any:
     chart: Any = alt.layer(
         even,
         base.mark_rule(strokeWidth=2).encode(
-            y=y, x=alt.X("low:Q", title="error with the mean / error without"), x2="high:Q", color=colour
+            y=y, x=alt.X("low:Q", title="error with the mean / without"), x2="high:Q", color=colour
         ),
         base.mark_circle(size=70, opacity=1).encode(y=y, x=x, color=colour, tooltip=told),
     ).add_params(mu)
