@@ -399,16 +399,15 @@ def heads_chart(found: pd.DataFrame) -> alt.LayerChart:
         scale=alt.Scale(domain=names, range=[OURS, LINEAR, NEGATIVE]),
         legend=alt.Legend(orient="top", columns=1),
     )
+    scale = alt.Scale(type="log", domain=[0.05, 3], nice=False)
+    axis = alt.Axis(values=[0.05, 0.1, 0.2, 0.5, 1, 2], format="~g")
     base = alt.Chart(found)
-    lines = base.mark_line(strokeWidth=2).encode(x=x, y=alt.Y("theory:Q"), color=colour)
+    lines = base.mark_line(strokeWidth=2).encode(
+        x=x, y=alt.Y("theory:Q", title="noise power (signal: 1)", scale=scale, axis=axis), color=colour
+    )
     points = base.mark_circle(size=80, opacity=1).encode(
         x=x,
-        y=alt.Y(
-            "noise:Q",
-            title="noise power (signal: 1)",
-            scale=alt.Scale(type="log", domain=[0.05, 3]),
-            axis=alt.Axis(values=[0.05, 0.1, 0.2, 0.5, 1, 2]),
-        ),
+        y=alt.Y("noise:Q", title="noise power (signal: 1)", scale=scale, axis=axis),
         color=colour,
         tooltip=["keys", "heads", alt.Tooltip("noise:Q", format=".3f"), alt.Tooltip("theory:Q", format=".3f")],
     )
