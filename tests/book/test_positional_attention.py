@@ -20,9 +20,14 @@ def move(page, figure, name, value):
     )
 
 
+def boxes(page):
+    """The texts in the rounded boxes, which are drawn last."""
+    return page.locator("#wires svg .mark-text.role-mark").last.locator("text")
+
+
 def numbers(page):
     """The numbers in the rounded boxes."""
-    return page.locator("#wires svg .mark-text text").all_inner_texts()
+    return boxes(page).all_text_contents()
 
 
 def drawn(page, figure, kind, group):
@@ -34,7 +39,7 @@ def drawn(page, figure, kind, group):
 def test_other_numbers_leave_the_wires_alone(page):
     before, wires = numbers(page), drawn(page, "wires", "mark-rule", 0)
     page.locator("#wires input[type=radio]").nth(1).check()
-    expect(page.locator("#wires svg .mark-text text").first).not_to_have_text(before[0])
+    expect(boxes(page).first).not_to_have_text(before[0])
     assert drawn(page, "wires", "mark-rule", 0) == wires
     move(page, "wires", "wire_scale", 50)
     expect(page.locator("#wires svg text").filter(has_text=re.compile("00$"))).not_to_have_count(0)
@@ -44,7 +49,7 @@ def test_other_numbers_leave_the_wires_alone(page):
 def test_another_algorithm_has_other_wires_and_ends_sorted(page):
     wires = drawn(page, "wires", "mark-rule", 0)
     page.locator("#wires select").select_option("sorting")
-    expect(page.locator("#wires svg .mark-text text")).to_have_count(56)  # the input and six layers of eight
+    expect(boxes(page)).to_have_count(56)  # the input and six layers of eight
     assert drawn(page, "wires", "mark-rule", 0) != wires
     last = [float(text.replace("−", "-")) for text in numbers(page)[-8:]]
     assert last == sorted(last)
@@ -53,7 +58,7 @@ def test_another_algorithm_has_other_wires_and_ends_sorted(page):
 def test_a_click_shows_what_reaches_a_place(page):
     lit = page.locator("#wires svg .mark-rule.role-mark").nth(1).locator("line")
     seven = lit.count()
-    page.locator("#wires svg .mark-text text").nth(0).click(force=True)  # place 1 hears itself alone
+    boxes(page).nth(0).click(force=True)  # place 1 hears itself alone
     expect(lit).to_have_count(3)
     assert seven > 3
 

@@ -50,7 +50,7 @@ def wire_frame(length: int) -> pd.DataFrame:
         for number, pairs in enumerate(handmade.wires(algorithm, length), start=1)
         for source, place in pairs
     ]
-    return pd.DataFrame(rows, columns=["algorithm", "source", "place", "round"]).assign(before=lambda f: f["round"] - 1)
+    return pd.DataFrame(rows, columns=["algorithm", "source", "place", "round"])
 
 
 def reach_frame(length: int) -> pd.DataFrame:
@@ -65,7 +65,7 @@ def reach_frame(length: int) -> pd.DataFrame:
                 rows += [(algorithm, output + 1, source + 1, place + 1, number) for source, place in found]
                 wanted = {source for source, _ in found}
     columns = ["algorithm", "output", "source", "place", "round"]
-    return pd.DataFrame(rows, columns=columns).assign(before=lambda frame: frame["round"] - 1)
+    return pd.DataFrame(rows, columns=columns)
 
 
 def wires_chart(length: int = 8, algorithm: str = "running minimum") -> alt.LayerChart:
@@ -75,55 +75,56 @@ def wires_chart(length: int = 8, algorithm: str = "running minimum") -> alt.Laye
         length: n, a power of two.
         algorithm: the one shown at first.
     """
-    held, names = held_frame(length), list(handmade.ALGORITHMS)
+    held, options = held_frame(length), list(handmade.ALGORITHMS)
     chosen = alt.param(
-        name="wire_algorithm", value=algorithm, bind=alt.binding_select(options=names, name="algorithm ")
+        name="wire_algorithm", value=algorithm, bind=alt.binding_select(options=options, name="algorithm ")
     )
     listed = alt.param(name="wire_list", value=LISTS[0], bind=alt.binding_radio(options=list(LISTS), name="numbers "))
     scale = alt.param(name="wire_scale", value=1, bind=alt.binding_range(min=1, max=50, step=1, name="all times c = "))
-    last = int(held["round"].max())
+    layers = held.groupby("algorithm")["round"].max().to_dict()
+    deepest = f"({layers}[wire_algorithm])"  # a list of algorithms is an object in Vega's expressions too
     pick = alt.selection_point(
         "wire_pick", fields=["place"], value=[{"place": length - 1}], on="click", toggle=False, empty=False
     )
     x = alt.X(
         "place:Q",
         title="place in the list",
-        scale=alt.Scale(domain=[0.4, length + 0.6], nice=False),
-        axis=alt.Axis(values=list(range(1, length + 1)), grid=False),
+        scale=alt.Scale(domain=[-0.5, length + 0.5], nice=False),
+        axis=alt.Axis(values=list(range(1, length + 1)), format="d", grid=False),
     )
-    y = alt.Y(
-        "round:Q",
-        title=None,
-        scale=alt.Scale(domain=[-0.4, last + 0.4], nice=False, reverse=True),
-        axis=alt.Axis(
-            values=list(range(last + 1)),
-            labelExpr="datum.value == 0 ? 'input' : 'layer ' + datum.value",
-            grid=False,
-            domain=False,
-            ticks=False,
-        ),
-    )
+    down = alt.Scale(domain=[1.06, -0.06], nice=False)
+    y = alt.Y("depth:Q", scale=down, axis=None)
     this = "datum.algorithm == wire_algorithm"
-    ends = {"x": alt.X("source:Q"), "x2": "place:Q", "y": alt.Y("before:Q"), "y2": "round:Q"}
+    deep = {"depth": f"datum.round / {deepest}", "above": f"(datum.round - 1) / {deepest}"}
+    ends = {"x": alt.X("source:Q", title="place in the list"), "x2": "place:Q", "y": alt.Y("above:Q", scale=down, axis=None), "y2": "depth:Q"}
+    names = alt.Chart(held[held.place == 1]).transform_filter(f"{this} && datum.list == wire_list")
     numbers = (
         alt.Chart(held)
         .transform_filter(f"{this} && datum.list == wire_list")
-        .transform_calculate(shown="format(datum.number * wire_scale, '~r')")
+        .transform_calculate(**deep, shown="format(datum.number * wire_scale, '~r')")
     )
     lit = "wire_pick.place && datum.output == wire_pick.place[0]"
     chart: Any = alt.layer(
-        alt.Chart(wire_frame(length)).transform_filter(this).mark_rule(opacity=0.18).encode(**ends),
+        names.transform_calculate(**deep, at="0.35", name="datum.round == 0 ? 'input' : 'layer ' + datum.round")
+        .mark_text(align="right", fontSize=12)
+        .encode(x=alt.X("at:Q", title="place in the list"), y=y, text="name:N"),
+        alt.Chart(wire_frame(length))
+        .transform_filter(this)
+        .transform_calculate(**deep)
+        .mark_rule(opacity=0.18)
+        .encode(**ends),
         alt.Chart(reach_frame(length))
         .transform_filter(f"{this} && {lit}")
+        .transform_calculate(**deep)
         .mark_rule(strokeWidth=2.2, opacity=0.9, color=OURS)
         .encode(**ends),
         numbers.mark_rect(width=32, height=17, cornerRadius=8, fill="#e8f3ee", stroke=OURS, strokeWidth=1).encode(
-            x=x, y=y, tooltip=["place:Q", "round:Q", alt.Tooltip("shown:N", title="holds")]
+            x=x, y=y, tooltip=["place:Q", alt.Tooltip("round:Q", title="layer"), alt.Tooltip("shown:N", title="holds")]
         ),
         numbers.mark_text(fontSize=10.5, color="#10382a").encode(x=x, y=y, text="shown:N").add_params(pick),
     )
     whole: alt.LayerChart = chart.add_params(chosen, listed, scale).properties(
-        width=290, height=300, title="Who tells whom does not depend on the numbers"
+        width=290, height=290, title="Who tells whom does not depend on the numbers"
     )
     return whole
 
@@ -246,7 +247,7 @@ def explorer_chart(
     )
     errors = _error_layer(pd.DataFrame([row for row in rows if row["model"] in ("positional", "standard")]), "mse")
     chart: alt.VConcatChart = alt.vconcat(maps, (errors + rule).properties(width=300, height=150), spacing=16)
-    return chart.add_params(scale, listed).properties(title="Which attention moves when the numbers grow?")
+    return chart.add_params(scale, listed).properties(title="What moves when the numbers grow?")
 
 
 # ----------------------------------------------------------------------------------------------------------------- errors
