@@ -312,6 +312,19 @@ def test_the_command_writes_a_record_that_can_be_read_back(tmp_path, capsys):
     assert "draw 1 of 1" in capsys.readouterr().out
 
 
+def test_a_record_that_was_begun_goes_on_and_ends_in_the_same_errors(tmp_path, capsys):
+    whole, begun = tmp_path / "whole.json", tmp_path / "begun.json"
+    runs.write_record(whole, TINY, 3, command="c", commit="x")
+    runs.write_record(begun, TINY, 1, command="c", commit="x")
+    runs.write_record(begun, TINY, 3, command="c", commit="x", resume=True, budget=-1)
+    assert "1 of 3 draws" in capsys.readouterr().out
+    runs.write_record(begun, TINY, 3, command="c", commit="x", resume=True)
+    one, other = (runs.from_record(records.load(path.stem, tmp_path).rows) for path in (whole, begun))
+    pd.testing.assert_frame_equal(one.drop(columns="seconds"), other.drop(columns="seconds"))
+    with pytest.raises(ValueError, match="--resume"):
+        runs.write_record(begun, TINY, 3, command="another", commit="x", resume=True)
+
+
 # ---------------------------------------------------------------------------------------------------------- real heads
 
 

@@ -7,6 +7,7 @@ d = N = 16, a thousand heads and up to 16,000 labels; ``--size medium`` is what 
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -295,7 +296,7 @@ SOURCES = ("foundations/random_features.py", "foundations/random_features_runs.p
 JUDGED = ("fewer-samples", "not-only-invariance", "query-meets-key", "bias-helps-some", "parity", "softmax")
 
 
-def record_rows(runs: pd.DataFrame, setting: Setting, seconds: float) -> list[dict[str, Any]]:
+def record_rows(runs: pd.DataFrame, setting: Setting) -> list[dict[str, Any]]:
     """Rows of the record: the errors of all targets by draw, model and labels, and verdicts at the two largest numbers of labels."""
     few, many = sorted(setting.sizes)[-2:]
     size = {"d": setting.d, "keys": setting.keys, "heads": setting.heads}
@@ -306,6 +307,7 @@ def record_rows(runs: pd.DataFrame, setting: Setting, seconds: float) -> list[di
         row = {"case": "curve", **size, **{key: one[key] for key in ("seed", "model", "mu", "labels")}}
         rows.append(row | {"seconds": round(one["seconds"], 3), "errors": errors})
     seeds = sorted(runs.seed.unique().tolist())
+    seconds = sum(row["seconds"] for row in rows)  # of the fits
     for name, found in verdicts(runs, few, many).items():
         judged = claims.measure(f"random-features/{name}", **found, seeds=seeds, seconds=seconds, origin="record")
         rows.append(dict(judged))
@@ -313,8 +315,8 @@ def record_rows(runs: pd.DataFrame, setting: Setting, seconds: float) -> list[di
 
 
 def from_record(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    """The table of ``curves`` from the rows of a record."""
-    kept = ("seed", "model", "mu", "labels")
+    """The table of ``curves`` from the rows of a record, without the penalties."""
+    kept = ("seed", "model", "mu", "labels", "seconds")
     return pd.DataFrame(
         [
             {key: row[key] for key in kept} | {"target": target, "error": error}
@@ -325,16 +327,39 @@ def from_record(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
     )
 
 
-def write_record(path: Path, setting: Setting, draws: int, *, command: str, commit: str) -> None:
-    """Run draw after draw and write the record anew after each, so that an interruption costs one draw."""
-    began = time.perf_counter()
+def write_record(
+    path: Path,
+    setting: Setting,
+    draws: int,
+    *,
+    command: str,
+    commit: str,
+    resume: bool = False,
+    budget: float = math.inf,
+) -> None:
+    """Run draw after draw and write the record anew after each, so that an interruption costs one draw.
+
+    Args:
+        resume: keep the draws of a record that was begun, and go on after them.
+        budget: seconds after which no further draw begins.
+
+    Raises:
+        ValueError: a record to resume that was made by other code or at another size.
+    """
+    began = records.load(path.stem, path.parent) if resume else None
     found: list[dict[str, Any]] = []
-    for seed in range(draws):
+    if began is not None:
+        if began.changed() or began.command != command:
+            raise ValueError(f"{path}: begun by other code or as {began.command!r}; leave out --resume to make it anew")
+        found = [{str(key): x for key, x in row.items()} for row in from_record(began.rows).to_dict("records")]
+    opened = time.perf_counter()
+    for seed in range(len({row["seed"] for row in found}), draws):
+        if (start := time.perf_counter()) - opened > budget:
+            print(f"{seed} of {draws} draws are there; go on with --resume", flush=True)
+            return
         found += setting.run(seed)
-        seconds = time.perf_counter() - began
-        rows = record_rows(pd.DataFrame(found), setting, seconds)
-        records.write(path, rows, sources=SOURCES, command=command, commit=commit)
-        print(f"draw {seed + 1} of {draws}: {seconds:.0f} s", flush=True)
+        records.write(path, record_rows(pd.DataFrame(found), setting), sources=SOURCES, command=command, commit=commit)
+        print(f"draw {seed + 1} of {draws}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -349,6 +374,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default=None, choices=("cpu", "cuda"), help="left out: a GPU if there is one")
     parser.add_argument("--size", default=None, choices=tuple(SIZES), help="left out: large on a GPU, medium without")
     parser.add_argument("--draws", type=int, default=None, help="left out: 10 of the large size, 5 of the medium one")
+    parser.add_argument("--resume", action="store_true", help="go on after the draws that the record already has")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no further draw begins")
     parser.add_argument("--commit", default="unknown", help="of the code that runs")
     options = parser.parse_args(arguments)
     device = options.device or lab.device().type
@@ -356,7 +383,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     setting, draws = SIZES[size]
     draws = options.draws or draws
     command = f"{name} --record records/{options.record.name} --device {device} --size {size} --draws {draws}"
-    write_record(options.record, replace(setting, device=device), draws, command=command, commit=options.commit)
+    setting = replace(setting, device=device)
+    write_record(
+        options.record,
+        setting,
+        draws,
+        command=command,
+        commit=options.commit,
+        resume=options.resume,
+        budget=options.budget,
+    )
 
 
 if __name__ == "__main__":
