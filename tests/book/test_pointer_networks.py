@@ -36,7 +36,7 @@ def changed(page, figure, before):
 
 def test_a_step_moves_the_weight_and_a_larger_input_has_names_up_to_its_size(page):
     before = drawing(page, "watch")
-    move(page, "watch", "ptr_step", 3)
+    move(page, "watch", "ptr_step", 5)
     changed(page, "watch", before)
     expect(words(page, "watch", "^20$")).to_have_count(0)
     page.locator("#watch input[type=radio][value='20 points']").check()

@@ -74,7 +74,7 @@ def watch_chart(solvers: Mapping[str, Solver], instances: Mapping[str, np.ndarra
     last = int(frame.step.max())
     frame = frame.merge(frame.groupby(["instance", "network"]).step.max().rename("end").reset_index())
     paths = path_frame(frame)
-    step = alt.param(name="ptr_step", value=1, bind=alt.binding_range(min=1, max=last, step=1, name="step "))
+    step = alt.param(name="ptr_step", value=3, bind=alt.binding_range(min=1, max=last, step=1, name="step "))
     network = alt.param(
         name="ptr_network", value=next(iter(solvers)), bind=alt.binding_radio(options=list(solvers), name="network ")
     )
