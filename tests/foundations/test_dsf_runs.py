@@ -112,23 +112,36 @@ def test_a_model_comes_back_from_its_file(tmp_path):
     assert all(isinstance(core, Core) for core, _ in found)
 
 
+def invented(setting, spec, seed):
+    accuracy = {"softmax": 0.95, "qLSTM, long start": 0.7}.get(spec.kind, 0.5)
+    row = {"case": setting.name, "impl": spec.name, "seed": seed, "counts": True, "seconds": 1.0, "lr": 1e-2}
+    memory = {"memory_before": [2.0, 2.0], "memory_after": [3.0, 5.0]}
+    return row | memory | {"parameters": 1, "state_floats": 1, "accuracy": accuracy}
+
+
 def test_verdicts_follow_their_rules():
     rows = [
-        {"case": "small", "impl": spec.name, "seed": seed, "counts": True, "seconds": 1.0, "lr": 1e-2, "parameters": 1}
-        | {"state_floats": 1, "accuracy": 0.95 if spec.kind == "softmax" else 0.5}
-        for spec in dsf_runs.SMALL
+        invented(setting, spec, seed)
+        for setting, specs in dsf_runs.SMALL_PLAN
+        for spec in specs
         for seed in dsf_runs.SEEDS
     ]
-    assert dsf_tables.claim_rows(rows[:-1]) == []
     by_claim = {row["claim"]: row["verdict"] for row in dsf_tables.claim_rows(rows)}
-    assert by_claim["dsf/state-expansion"] == "refuted"
-    assert by_claim["dsf/reversed-gate"] == "refuted"
-    assert by_claim["dsf/initial-memory"] == "not distinguishable"
+    assert by_claim["dsf/state-expansion"] == by_claim["dsf/reversed-gate"] == "refuted"
+    assert by_claim["dsf/initial-memory"] == "confirmed"
+    assert len(dsf_tables.cards([*rows, *dsf_tables.claim_rows(rows)], "reversed-gate", "initial-memory")) == 2
+    lacking = [row for row in rows if (row["impl"], row["seed"]) != ("linear, n = 8", 2)]
+    assert set(by_claim) - {row["claim"] for row in dsf_tables.claim_rows(lacking)} == {
+        f"dsf/{name}" for name in ("state-expansion", "normalisation", "unequal-blocks")
+    }
     for row in rows:
-        row["accuracy"] -= 0.1 * (row["impl"] == "linear, n = 8") - 0.2 * (row["impl"] == "qLSTM, long start")
+        row["accuracy"] -= 0.1 * (row["impl"] == "linear, n = 8") + 0.3 * (row["case"] == "gates")
     by_claim = {row["claim"]: row["verdict"] for row in dsf_tables.claim_rows(rows)}
-    assert by_claim["dsf/state-expansion"] == by_claim["dsf/initial-memory"] == "confirmed"
+    assert by_claim["dsf/state-expansion"] == "confirmed"
+    assert by_claim["dsf/initial-memory"] == "different setting"  # nobody learned it
     assert dsf_tables.summary(rows).loc["qLSTM, long start", "mean %"] == pytest.approx(70)
+    assert dsf_tables.gates(rows).loc["qLSTM", "memory after, layer 1"] == 5
+    assert dsf_tables.rate(rows, "qLSTM") == dsf_tables.rate([], "qLSTM") == 1e-2
 
 
 def test_the_needed_order_is_that_of_the_record():

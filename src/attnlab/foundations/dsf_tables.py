@@ -12,21 +12,27 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Interval = tuple[float, float]
-#: the models that verdicts look at
-COMPARED = (
-    "softmax, n = 32",
-    "linear, n = 8",
-    *(f"{kind}, n = 32{rest}" for kind in ("linear", "normalised") for rest in ("", ", no MLP")),
-    *("qLSTM", "qLSTM, reversed", "qLSTM, long start"),
-)
+#: the models that verdicts look at, by task
+COMPARED = {
+    "small": {
+        "softmax, n = 32",
+        "linear, n = 8",
+        *(f"{kind}, n = 32{rest}" for kind in ("linear", "normalised") for rest in ("", ", no MLP")),
+    },
+    "gates": {"qLSTM", "qLSTM, reversed", "qLSTM, long start", "qLSTM, reversed, long start"},
+}
+SEEDS = 3
 
 
 def accuracies(rows: Iterable[dict[str, Any]], case: str = "small") -> pd.DataFrame:
     """Accuracy in percent of the runs that count, one row a seed and one column a model."""
     import pandas as pd
 
-    counted = pd.DataFrame([row for row in rows if row.get("counts") and row["case"] == case])
-    return 100 * counted.pivot(index="seed", columns="impl", values="accuracy")
+    counted = [
+        (row["seed"], row["impl"], 100 * row["accuracy"]) for row in rows if row.get("counts") and row["case"] == case
+    ]
+    found = pd.DataFrame(counted, columns=["seed", "impl", "percent"])
+    return found.pivot(index="seed", columns="impl", values="percent")
 
 
 def spread(values: Iterable[float]) -> tuple[float, Interval]:
@@ -40,22 +46,31 @@ def gain(table: pd.DataFrame, of: str, over: str) -> tuple[float, Interval]:
     return spread((table[of] - table[over]).tolist())
 
 
-def verdicts(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Arguments for :func:`attnlab.claims.check` by claim, from :func:`accuracies`."""
-    softmax = spread(table["softmax, n = 32"].tolist())
-    form, start = gain(table, "qLSTM, reversed", "qLSTM"), gain(table, "qLSTM, long start", "qLSTM")
-    bare = gain(table, "normalised, n = 32, no MLP", "linear, n = 32, no MLP")
-    found = {
-        "state-expansion": (gain(table, "linear, n = 32", "linear, n = 8"), {"softmax": softmax}),
-        "normalisation": (gain(table, "normalised, n = 32", "linear, n = 32"), {"softmax": softmax}),
-        "unequal-blocks": (gain(table, "linear, n = 32", "linear, n = 32, no MLP"), {"normaliser": bare}),
-        "reversed-gate": (form, {"start": start}),
-        "initial-memory": (start, {"form": form}),
-    }
+def verdicts(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Arguments for :func:`attnlab.claims.check` by claim; only those all of whose runs are there."""
+    rows, found = list(rows), {}
+    table = accuracies(rows)
+    if _complete(table, COMPARED["small"]):
+        softmax = {"softmax": spread(table["softmax, n = 32"].tolist())}
+        linear, normalised = "linear, n = 32", "normalised, n = 32"
+        found["state-expansion"] = (gain(table, linear, "linear, n = 8"), softmax)
+        found["normalisation"] = (gain(table, normalised, linear), softmax)
+        bare = gain(table, f"{normalised}, no MLP", f"{linear}, no MLP")
+        found["unequal-blocks"] = (gain(table, linear, f"{linear}, no MLP"), {"normaliser": bare})
+    table = accuracies(rows, "gates")
+    if _complete(table, COMPARED["gates"]):
+        form, start = gain(table, "qLSTM, reversed", "qLSTM"), gain(table, "qLSTM, long start", "qLSTM")
+        learned = spread(table[sorted(COMPARED["gates"])].max(axis=1).tolist())
+        found["reversed-gate"] = (form, {"start": start, "best": learned})
+        found["initial-memory"] = (start, {"form": form, "best": learned})
     return {
         claim: {"value": value, "interval": interval, "controls": controls}
         for claim, ((value, interval), controls) in found.items()
     }
+
+
+def _complete(table: pd.DataFrame, models: set[str]) -> bool:
+    return models <= set(table) and len(table) == SEEDS and bool(table[sorted(models)].notna().all(axis=None))
 
 
 def summary(rows: Iterable[dict[str, Any]], case: str = "small") -> pd.DataFrame:
@@ -77,15 +92,12 @@ def summary(rows: Iterable[dict[str, Any]], case: str = "small") -> pd.DataFrame
 
 
 def claim_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the ledger for all claims that rest on the training runs; none before all runs are there."""
+    """Rows of the ledger for the claims all of whose runs are there."""
     rows = list(rows)
-    table = accuracies(rows)
-    if not set(COMPARED) <= set(table) or table.isna().any(axis=None) or len(table) < 3:
-        return []
     seconds = sum(row["seconds"] for row in rows if row["counts"])
     return [
         dict(claims.measure(f"dsf/{name}", **found, seconds=seconds, origin="record"))
-        for name, found in verdicts(accuracies(rows)).items()
+        for name, found in verdicts(rows).items()
     ]
 
 
@@ -106,7 +118,7 @@ def gates(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
     """The four quasi-LSTMs: accuracy in percent, and the effective memory of each layer in tokens before and after, means of the seeds."""
     import pandas as pd
 
-    counted = [row for row in rows if row.get("counts") and row["impl"].startswith("qLSTM") and row["case"] == "small"]
+    counted = [row for row in rows if row.get("counts") and row["case"] == "gates"]
     names = list(dict.fromkeys(row["impl"] for row in counted))
     found = {}
     for name in names:
