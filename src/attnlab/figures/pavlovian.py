@@ -475,8 +475,8 @@ def trained_chart(rows: Sequence[dict[str, Any]]) -> alt.VConcatChart:
                 x=alt.X(
                     "index:Q",
                     title="blocking index",
-                    scale=alt.Scale(domain=[-0.2, 0.8], clamp=True),
-                    axis=alt.Axis(tickCount=5),
+                    scale=alt.Scale(domain=[-0.1, 0.6], clamp=True, nice=False),
+                    axis=alt.Axis(values=[0, 0.2, 0.4, 0.6]),
                 ),
                 y=alt.Y("rule:N", sort=rules, title=None),
                 yOffset=alt.YOffset("model:N"),
@@ -495,7 +495,7 @@ def trained_chart(rows: Sequence[dict[str, Any]]) -> alt.VConcatChart:
                     alt.Tooltip("error:Q", format=".3f"),
                 ],
             )
-            .properties(width=WIDTH - 110, height=150, title=alt.Title(title, fontSize=13))
+            .properties(width=WIDTH - 80, height=150, title=alt.Title(title, fontSize=13))
         )
         panels.append(points)
     chart: alt.VConcatChart = alt.vconcat(*panels, spacing=16)
