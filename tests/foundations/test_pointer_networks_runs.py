@@ -62,11 +62,7 @@ def test_verdicts_take_the_numbers_that_they_say():
     assert judged["value"] == pytest.approx(71)
     assert judged["interval"] == pytest.approx((70, 72))
     assert judged["controls"]["softmax"][0] == pytest.approx(11)
-    assert claims.measure("pointer-networks/same-updates", **judged)["verdict"] == "confirmed"
-    untrained = {kind: tasks.Setting(width=4).build(kind) for kind in tasks.KINDS}
-    judged = verdicts.ordering(untrained, n=5, count=20)
-    assert set(judged["controls"]) == {"attention", "softmax"}
-    assert judged["interval"][0] <= judged["value"] <= judged["interval"][1]
+    assert claims.measure("pointer-networks/ordering", **judged)["verdict"] == "confirmed"
 
     exact, by = np.array([True, True, False, False] * 10), np.array([4.0, 3.0, 2.0, 1.0] * 10)
     assert verdicts.halves(exact, by)[0] == 100

@@ -1,7 +1,7 @@
 """The record of the chapter ``foundations/pointer-networks``.
 
 ``python -m attnlab.foundations.pointer_networks_runs --record records/pointer-networks.json`` trains what the chapter analyses, on a
-CPU in some ten minutes; ``--size paper --device cuda`` trains at the paper's sizes. Both go on where they were interrupted.
+CPU in some twenty minutes; ``--size paper --device cuda`` trains at the paper's sizes. Both go on where they were interrupted.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ SIZES: dict[str, tuple[Part, ...]] = {
         Part("hull", Setting(steps=4000), KINDS, (0,), (5, 8, 10, 15, 20, 50)),
         Part("tour", Setting("tour", steps=3000, pool=10_000), (POINTER, SET), (0,), (5, 10, 12, 15, 20)),
         Part("delaunay", Setting("delaunay", largest=5, steps=3000, pool=50_000), (POINTER,), (0,), (5,)),
+        Part("hull", Setting(steps=4000), (SOFTMAX, ATTENTION, POINTER), (1, 2), (5, 8, 10, 15, 20, 50)),
     ),
     "paper": (
         Part(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -32,7 +32,7 @@ def exact_by_kind(rows: Iterable[dict[str, Any]], n: int = 10) -> dict[str, tupl
 
 
 def three_lstms(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Arguments of :func:`attnlab.claims.check` for ``same-updates``."""
+    """Arguments of :func:`attnlab.claims.check` for ``same-updates`` and ``ordering``."""
     exact = exact_by_kind(rows)
     value, interval = exact[POINTER]
     return {
@@ -40,18 +40,6 @@ def three_lstms(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "interval": interval,
         "controls": {"attention": exact[ATTENTION], "softmax": exact[SOFTMAX]},
     }
-
-
-def ordering(solvers: Mapping[str, Solver], n: int = 10, count: int = 1000) -> dict[str, Any]:
-    """Arguments for ``ordering``: percent of exact hulls of n points by the three LSTMs on the same instances."""
-    points = instances(n, count)
-    exact = {}
-    for kind in (POINTER, ATTENTION, SOFTMAX):
-        right = 100.0 * evaluate(solvers[kind], "hull", points)["exact"]
-        exact[kind] = (float(right.mean()), claims.bootstrap_mean(right))
-    value, interval = exact[POINTER]
-    controls = {"attention": exact[ATTENTION], "softmax": exact[SOFTMAX]}
-    return {"value": value, "interval": interval, "controls": controls}
 
 
 def beyond_trained(solver: Solver, n: int = 20, count: int = 1000) -> dict[str, Any]:
