@@ -51,6 +51,9 @@ def test_charts_are_valid_and_small():
     for chart in (
         plots.equation_chart(cells, tokens),
         plots.accuracy_chart(rows, 0.3),
+        plots.gates_chart(
+            [row | {"case": "gates", "curve": [0.1, 0.5, 1.0]} for row in rows if "qLSTM" in row["impl"]]
+        ),
         plots.order_chart(orders),
         plots.head_chart(heads, 1000),
     ):

@@ -284,6 +284,42 @@ def accuracy_chart(rows: Sequence[dict[str, Any]], blind: float, case: str = "sm
     return chart.properties(width=150, height=21 * len(order), title="Recall, all blocks equal")
 
 
+def gates_chart(rows: Sequence[dict[str, Any]], steps: int = runs.GATES.steps) -> alt.LayerChart:
+    """Held-out accuracy of the four quasi-LSTMs while they learn to wait, every seed a line."""
+    points = [
+        {
+            "updates": steps * (at + 1) // len(row["curve"]),
+            "percent": 100 * accuracy,
+            "seed": row["seed"],
+            "gate": "reversed" if "reversed" in row["impl"] else "plain",
+            "start": "0.98" if "long" in row["impl"] else "0.5",
+        }
+        for row in rows
+        if row.get("counts") and row["case"] == runs.GATES.name
+        for at, accuracy in enumerate(row["curve"])
+    ]
+    base = alt.Chart(pd.DataFrame(points)).encode(
+        x=alt.X("updates:Q", title="updates", axis=alt.Axis(tickCount=4)),
+        y=alt.Y("percent:Q", title="accuracy, %", scale=alt.Scale(domain=[0, 100])),
+        color=alt.Color(
+            "start:N",
+            title="Λ at start",
+            scale=alt.Scale(domain=["0.5", "0.98"], range=[CONTROL, OURS]),
+            legend=alt.Legend(orient="top", symbolType="stroke"),
+        ),
+        strokeDash=alt.StrokeDash(
+            "gate:N",
+            title="gate",
+            scale=alt.Scale(domain=["plain", "reversed"], range=[[1, 0], [5, 3]]),
+            legend=alt.Legend(orient="top", symbolType="stroke"),
+        ),
+        detail="seed:N",
+    )
+    tooltip = ["gate:N", alt.Tooltip("start:N", title="Λ at start"), "seed:N", alt.Tooltip("percent:Q", format=".1f")]
+    chart: alt.LayerChart = base.mark_line(opacity=0.8) + base.mark_circle(size=35, opacity=0.8).encode(tooltip=tooltip)
+    return chart.properties(width=270, height=200, title="Learning to wait")
+
+
 # -------------------------------------------------------------------------------------------------------------------- inside
 
 
