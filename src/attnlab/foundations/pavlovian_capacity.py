@@ -259,7 +259,7 @@ def chain(
         d_k, draws: width of a projected key; repetitions.
 
     Returns:
-        one row a layer: ``layer, noise`` (mean squared distance to the right pattern), ``failed`` (share of chains in which a
+        One row a layer, with ``layer``, ``noise`` (mean squared distance to the right pattern), ``failed`` (share of chains in which a
         read-out up to here had a noise power of at least delta, before any clean-up), ``found`` (share whose nearest pattern
         is right).
     """
