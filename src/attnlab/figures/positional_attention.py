@@ -96,7 +96,12 @@ def wires_chart(length: int = 8, algorithm: str = "running minimum") -> alt.Laye
     y = alt.Y("depth:Q", scale=down, axis=None)
     this = "datum.algorithm == wire_algorithm"
     deep = {"depth": f"datum.round / {deepest}", "above": f"(datum.round - 1) / {deepest}"}
-    ends = {"x": alt.X("source:Q", title="place in the list"), "x2": "place:Q", "y": alt.Y("above:Q", scale=down, axis=None), "y2": "depth:Q"}
+    ends = {
+        "x": alt.X("source:Q", title="place in the list"),
+        "x2": "place:Q",
+        "y": alt.Y("above:Q", scale=down, axis=None),
+        "y2": "depth:Q",
+    }
     names = alt.Chart(held[held.place == 1]).transform_filter(f"{this} && datum.list == wire_list")
     numbers = (
         alt.Chart(held)
@@ -270,7 +275,7 @@ def _error_layer(frame: pd.DataFrame, field: str) -> Any:
         "model:N",
         title=None,
         scale=alt.Scale(domain=kinds, range=[MODEL_COLOURS[model] for model in kinds]),
-        legend=alt.Legend(orient="bottom", columns=2, symbolOpacity=1),
+        legend=alt.Legend(orient="bottom", columns=2 if len(kinds) < 4 else 1, symbolOpacity=1),
     )
     tip = [
         "model:N",
