@@ -8,7 +8,7 @@ from playwright.sync_api import expect
 
 @pytest.fixture(params=[1280, 390])
 def page(request, reader, page_with):
-    return reader(request.param).open(page_with('id="explorer"'))
+    return reader(request.param).open(page_with('id="labels-needed"'))
 
 
 def shapes(page, figure, mark):
@@ -27,17 +27,17 @@ def changed(page, figure, mark, before):
 
 
 def test_the_mean_moves_one_line_and_the_score_of_a_key_that_equals_the_query(page):
-    scores, lines = shapes(page, "explorer", "mark-area"), shapes(page, "explorer", "mark-line")
-    page.locator("#explorer input[type=radio][value='4']").check()
-    changed(page, "explorer", "mark-area", scores)
-    changed(page, "explorer", "mark-line", lines)
+    scores, lines = shapes(page, "labels-needed", "mark-area"), shapes(page, "labels-needed", "mark-line")
+    page.locator("#labels-needed input[type=radio][value='4']").check()
+    changed(page, "labels-needed", "mark-area", scores)
+    changed(page, "labels-needed", "mark-line", lines)
 
 
 def test_another_target_has_other_curves(page):
-    lines, scores = shapes(page, "explorer", "mark-line"), shapes(page, "explorer", "mark-area")
-    page.locator("#explorer select").select_option("query 2")
-    changed(page, "explorer", "mark-line", lines)
-    assert shapes(page, "explorer", "mark-area") == scores
+    lines, scores = shapes(page, "labels-needed", "mark-line"), shapes(page, "labels-needed", "mark-area")
+    page.locator("#labels-needed select").select_option("query 2")
+    changed(page, "labels-needed", "mark-line", lines)
+    assert shapes(page, "labels-needed", "mark-area") == scores
 
 
 def test_a_stronger_mean_moves_the_ratios(page):
