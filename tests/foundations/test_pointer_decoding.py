@@ -56,7 +56,7 @@ def test_a_wide_beam_finds_the_likeliest_tour_of_all():
     for i in range(6):
         each = given[i : i + 1].expand(len(orders), -1, -1)
         logits = solver(scale=6.0)(each, orders).masked_fill(forbidden_along(orders, 5), -torch.inf)
-        likelihood = logits.log_softmax(-1).gather(2, orders[..., None])[..., 0].sum(1)
+        likelihood = logits.log_softmax(-1).gather(2, orders[..., None])[..., 0].sum(1).detach()
         assert float(score[i]) == pytest.approx(float(likelihood.max()))
         assert (found[i] == orders[likelihood.argmax()]).all()
 
