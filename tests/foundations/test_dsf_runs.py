@@ -139,7 +139,7 @@ def test_verdicts_follow_their_rules():
     by_claim = {row["claim"]: row["verdict"] for row in dsf_tables.claim_rows(rows)}
     assert by_claim["dsf/state-expansion"] == "confirmed"
     assert by_claim["dsf/initial-memory"] == "different setting"  # nobody learned it
-    assert dsf_tables.summary(rows).loc["qLSTM, long start", "mean %"] == pytest.approx(70)
+    assert dsf_tables.summary(rows).loc["qLSTM, long start", "mean"] == pytest.approx(70)
     assert dsf_tables.gates(rows).loc["qLSTM", "memory after, layer 1"] == 5
     assert dsf_tables.rate(rows, "qLSTM") == dsf_tables.rate([], "qLSTM") == 1e-2
 

@@ -59,7 +59,7 @@ def parts(core: Any, x: Tensor) -> dict[str, Tensor]:
 
 
 def figure_frames(specs: Sequence[Spec] = runs.SHOWN) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The trained second layer of each model on one sequence; untrained where the models of the record are not there.
+    """The trained first layer of each model on one sequence; untrained where the models of the record are not there.
 
     Returns:
         cells ``mixer, i, j, phi, content, kept`` with j <= i, and tokens ``mixer, i, word, lam, low, high``.
@@ -68,7 +68,7 @@ def figure_frames(specs: Sequence[Spec] = runs.SHOWN) -> tuple[pd.DataFrame, pd.
     cells, lams = [], []
     for spec in specs:
         model = runs.trained(spec) or seeded(lambda spec=spec: runs.Setting().model(spec), 0)  # type: ignore[misc]
-        core, x = runs.cores(model.double(), tokens)[-1]
+        core, x = runs.cores(model.double(), tokens)[0]
         found = parts(core, x)
         cells.append(_cells(found).assign(mixer=label(spec)))
         lams.append(_tokens(found, words).assign(mixer=label(spec)))
@@ -109,7 +109,7 @@ def equation_chart(cells: pd.DataFrame, tokens: pd.DataFrame, row: int | None = 
     """Phi as a heat map, Lambda along the sequence, and the product of transitions for the clicked row."""
     names, last = list(dict.fromkeys(cells.mixer)), int(cells.i.max())
     mixer = alt.param(name="equation_mixer", value=names[0], bind=alt.binding_select(options=names, name="mixer "))
-    first = {"i": last if row is None else row, "j": 1}
+    first = {"i": last - 1 if row is None else row, "j": 1}
     cell = alt.selection_point("equation_cell", fields=["i", "j"], value=[first], on="click", toggle=False, empty=False)
     axis = alt.Axis(values=list(range(0, last + 1, 4)), labelAngle=0)
     width = 262

@@ -74,19 +74,18 @@ def _complete(table: pd.DataFrame, models: set[str]) -> bool:
 
 
 def summary(rows: Iterable[dict[str, Any]], case: str = "small") -> pd.DataFrame:
-    """One row a model: accuracy over the seeds in percent, its rate, parameters, and numbers of state a layer."""
+    """One row a model: accuracy over the seeds in percent, parameters, and numbers of state a layer."""
     import pandas as pd
 
     counted = pd.DataFrame([row for row in rows if row.get("counts") and row["case"] == case])
     by_model = counted.groupby("impl", sort=False)
     accuracy = 100 * by_model.accuracy.agg(["mean", "min", "max"])
-    accuracy.columns = ["mean %", "lowest %", "highest %"]
+    accuracy.columns = ["mean", "lowest", "highest"]
     return accuracy.assign(
         **{
-            "rate": by_model.lr.first(),
             "parameters": by_model.parameters.first(),
-            "state floats a layer": by_model.state_floats.first(),
-            "state bytes a layer": 4 * by_model.state_floats.first(),
+            "state, numbers": by_model.state_floats.first(),
+            "state, bytes": 4 * by_model.state_floats.first(),
         }
     ).rename_axis(None)
 
