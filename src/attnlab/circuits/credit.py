@@ -85,7 +85,7 @@ def weights(rule: str, waad: Tensor, fai: Tensor, settings: Credit, **extra: Any
     """The weights of one rule, ``[..., R]``, at least 1; not yet matched in their mean. They carry no gradient.
 
     Args:
-        rule: one of ``RULES``. ``uniform`` is plain GRPO; ``random`` amplifies as many tokens as the others, anywhere.
+        rule: one of :data:`RULES`. ``uniform`` is plain GRPO; ``random`` amplifies as many tokens as the others, anywhere.
         waad: of the response.
         fai: of the response, NaN where undefined.
         settings: the numbers.
@@ -215,7 +215,7 @@ class Weigher:
     """What :func:`attnlab.models.grpo.grpo` calls for the weights of a batch: one credit rule on a model's own maps.
 
     Args:
-        rule: one of ``RULES``.
+        rule: one of :data:`RULES`.
         reader: with frozen groups.
         settings: the numbers.
         seed: of the random rule.

@@ -111,6 +111,6 @@ def losses_by_position(model: WordModel, rng: np.random.Generator, batch: int = 
 
 
 def all_models(folder: Path | None = None) -> Iterator[HookedLM]:
-    """The trained models of ``SEEDS``, one after the other."""
+    """The trained models of :data:`SEEDS`, one after the other."""
     for seed in SEEDS:
         yield load(seed, folder)

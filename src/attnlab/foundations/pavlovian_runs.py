@@ -170,7 +170,7 @@ PAUSE = Phase("", 0.0, 1)  # an empty trial, so that the last token says nothing
 
 
 def respond(model: nn.Module, phases: Sequence[Phase], cue: str, features: int, seed: int) -> float:
-    """Response to one cue after the phases, mean over 512 draws of the cues. The model learns in its state alone."""
+    """Response to one cue after the phases, mean over :data:`ANIMALS` draws of the cues. The model learns in its state alone."""
     rng = np.random.default_rng([seed, 1])
     cues = directions(rng, ANIMALS, features)
     trials = [(phase.cues, phase.us) for phase in phases for _ in range(phase.trials)] + [(cue, 0.0)]
