@@ -21,7 +21,7 @@ from attnlab.foundations.dsf_models import QLSTMCore, SoftmaxCore, Spec
 from attnlab.models.training import seeded
 
 LENGTH = 24
-FLOOR = 1e-4  # of the logarithmic axes
+FLOOR = 1e-12  # of the logarithmic axes
 KIND_COLOURS = {
     "softmax": SOFTMAX,
     "linear": LINEAR,
