@@ -97,6 +97,19 @@ def test_a_verdict_from_a_record_has_its_badge_too(book, record):
     assert f"{claim.id.replace('-', ' ')} (record): refuted" in chapter
 
 
+def test_many_verdicts_fold_into_their_counts(book, record):
+    record("refuted")
+    total = len(claims.load(SLUG))
+    (_, chapter), _ = build(book)
+    assert total > 5
+    assert f"<summary>{total} verdicts: \N{BALLOT X} {total} refuted</summary>" in chapter
+    few = list(claims.load(SLUG).values())[:-5]
+    for claim in few:
+        (book / "claims" / f"{claim.slug}--{claim.id}.json").unlink()
+    (_, chapter), _ = build(book)
+    assert "<summary>" not in chapter.split("Text.")[0].split('class="attnlab-facts"')[1]
+
+
 def test_pages_carry_facts_states_and_entries(book, record):
     record()
     (index, chapter), _ = build(book)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from sphinx.application import Sphinx
 from sphinx.util import logging
 
 from attnlab import papers
-from attnlab_book.pages import LEDGER, LIVE, badge, citation, recorded
+from attnlab_book.pages import LEDGER, LIVE, MARKS, badge, citation, recorded
 
 LOGGER = logging.getLogger(__name__)
 FACTS = "attnlab_facts"
 MINUTES = ("read", "run", "practise")
+FEW = 5
+"""As many verdicts stand on a chapter's first screen by name."""
 EXPLORE = "notebooks/explore/"
 """Pages below this have no paper, so nothing to practise."""
 
@@ -60,24 +63,32 @@ def strip(app: Sphinx, page: str, facts: dict[str, Any]) -> str:
     items += [f"<b>{escape(str(minutes[key]))} min</b> to {key}" for key in MINUTES if key in minutes]
     items.append(f"GPU {escape(str(facts['gpu']))}")
     lines.append("<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>")
-    badges = _badges(app, page, facts["slug"])
-    if badges:
-        lines.append('<ul class="attnlab-badges" aria-label="Claims checked in this chapter">' + badges + "</ul>")
+    lines.append(_verdicts(app, page, facts["slug"]))
     lines.append(f'<p class="attnlab-launch">{_launch(app, page)}</p>')
     return f'<div class="attnlab-facts">{"".join(lines)}</div>'
 
 
-def _badges(app: Sphinx, page: str, slug: str) -> str:
-    """Return one list item a verdict, linked to its claim in the ledger if the book has one; those of records say so."""
+def _verdicts(app: Sphinx, page: str, slug: str) -> str:
+    """Return one badge a verdict, linked to its claim in the ledger if the book has one; those of records say so.
+
+    More than ``FEW`` fold into a line of counts, so that the chapter's first sentence stays on the first screen.
+    """
     ledger = next((other for other, metadata in app.env.metadata.items() if LEDGER in metadata), None)
+    rows = [row for row in recorded(app) if row["claim"].partition("/")[0] == slug]
     items = []
-    for row in recorded(app):
-        owner, _, claim = row["claim"].partition("/")
-        if owner == slug:
-            label = claim.replace("-", " ") + (" (record)" if row["origin"] == "record" else "")
-            href = f"{app.builder.get_relative_uri(page, ledger)}#claim-{slug}-{claim}" if ledger else ""
-            items.append(f"<li>{badge(row['verdict'], label, href)}</li>")
-    return "".join(items)
+    for row in rows:
+        claim = row["claim"].partition("/")[2]
+        label = claim.replace("-", " ") + (" (record)" if row["origin"] == "record" else "")
+        href = f"{app.builder.get_relative_uri(page, ledger)}#claim-{slug}-{claim}" if ledger else ""
+        items.append(f"<li>{badge(row['verdict'], label, href)}</li>")
+    if not items:
+        return ""
+    badges = f'<ul class="attnlab-badges" aria-label="Claims checked in this chapter">{"".join(items)}</ul>'
+    if len(items) <= FEW:
+        return badges
+    counts = Counter(row["verdict"] for row in rows)
+    found = ", ".join(f"{MARKS[verdict]} {counts[verdict]} {escape(verdict)}" for verdict in MARKS if counts[verdict])
+    return f'<details class="attnlab-verdicts"><summary>{len(items)} verdicts: {found}</summary>{badges}</details>'
 
 
 def _launch(app: Sphinx, page: str) -> str:
