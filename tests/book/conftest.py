@@ -163,3 +163,9 @@ def reader(browser: Browser, site: str) -> Iterator:
     yield make
     for context in contexts:
         context.close()
+
+
+@pytest.fixture(params=[1280, 390])
+def page(request: pytest.FixtureRequest, reader: Callable[..., Reader], page_with: Callable[[str], str]) -> Page:
+    """The page with the test module's ``FIGURE``, on a desk and on a phone."""
+    return reader(request.param).open(page_with(f'id="{request.module.FIGURE}"'))

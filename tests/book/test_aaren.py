@@ -2,15 +2,10 @@
 
 import re
 
-import pytest
 from playwright.sync_api import expect
 
+FIGURE = "scan-tree"
 TREE = "#scan-tree"
-
-
-@pytest.fixture(params=[1280, 390])
-def page(request, reader, page_with):
-    return reader(request.param).open(page_with('id="scan-tree"'))
 
 
 def words(page, text):

@@ -2,17 +2,12 @@
 
 import re
 
-import pytest
 from playwright.sync_api import expect
 
 from attnlab import papers
 
+FIGURE = "term-map"
 WEIGHTS, MAP = "#real-weights", "#term-map"
-
-
-@pytest.fixture(params=[1280, 390])
-def page(request, reader, page_with):
-    return reader(request.param).open(page_with('id="term-map"'))
 
 
 def words(page, figure, text):

@@ -1,19 +1,14 @@
 """The figure of the multiple-choice chapter: radios and menu change what they should, a click lights up one prompt."""
 
-import pytest
 from playwright.sync_api import expect
 
+FIGURE = "letter-map"
 MAP = "#letter-map"
 FILLS = f"""() => [...document.querySelectorAll("{MAP} svg .mark-symbol path")]
     .filter((path) => path.hasAttribute("transform") && path.getAttribute("fill"))
     .map((path) => path.getAttribute("fill"))"""
 FAINT = f"""() => [...document.querySelectorAll("{MAP} svg .mark-symbol path")]
     .filter((path) => Number(path.getAttribute("opacity") ?? 1) < 0.2).length"""
-
-
-@pytest.fixture(params=[1280, 390])
-def page(request, reader, page_with):
-    return reader(request.param).open(page_with('id="letter-map"'))
 
 
 def choose(page, value):

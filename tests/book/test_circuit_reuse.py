@@ -2,18 +2,13 @@
 
 import re
 
-import pytest
 from playwright.sync_api import expect
 
+FIGURE = "reuse-map"
 PURPLE = "#7B4FA3".lower()
 MAP = "#reuse-map"
 LIT = f"""() => [...document.querySelectorAll("{MAP} svg .mark-rect path")]
     .filter((path) => (path.getAttribute("fill") || "").toLowerCase() === "{PURPLE}").length"""
-
-
-@pytest.fixture(params=[1280, 390])
-def page(request, reader, page_with):
-    return reader(request.param).open(page_with('id="reuse-map"'))
 
 
 def shared(page) -> int:

@@ -2,15 +2,10 @@
 
 import re
 
-import pytest
 from playwright.sync_api import expect
 
+FIGURE = "equation"
 BAR = "#equation svg .mark-rect.role-mark path"
-
-
-@pytest.fixture(params=[1280, 390])
-def page(request, reader, page_with):
-    return reader(request.param).open(page_with('id="equation"'))
 
 
 def words(page, text):

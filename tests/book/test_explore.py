@@ -2,9 +2,9 @@
 
 import re
 
-import pytest
 from playwright.sync_api import expect
 
+FIGURE = "circuits-explorer"
 BOX = "#circuits-explorer"
 TASKS = ("IOI", "Colored Objects", "Greater-than")
 TOKENS = f"""() => [...document.querySelectorAll("{BOX} svg text")].filter((t) => (getComputedStyle(t).fontFamily || "").includes("mono"))
@@ -12,11 +12,6 @@ TOKENS = f"""() => [...document.querySelectorAll("{BOX} svg text")].filter((t) =
 BACKGROUND = f"""() => [...document.querySelectorAll("{BOX} svg .mark-rect path")].map((p) => p.getAttribute("opacity")).join()"""
 FAINT = f"""() => [...document.querySelectorAll("{BOX} svg .mark-rule line[opacity]")]
     .filter((line) => Number(line.getAttribute("opacity")) < 0.1).length"""
-
-
-@pytest.fixture(params=[1280, 390])
-def page(request, reader, page_with):
-    return reader(request.param).open(page_with('id="circuits-explorer"'))
 
 
 def heading(page) -> str:

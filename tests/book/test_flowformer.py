@@ -5,12 +5,8 @@ import re
 import pytest
 from playwright.sync_api import expect
 
+FIGURE = "flow-network"
 NETWORK = "#flow-network"
-
-
-@pytest.fixture(params=[1280, 390])
-def page(request, reader, page_with):
-    return reader(request.param).open(page_with('id="flow-network"'))
 
 
 def words(page, text):

@@ -2,15 +2,10 @@
 
 import re
 
-import pytest
 from playwright.sync_api import expect
 
+FIGURE = "decay-map"
 MAP = "#decay-map"
-
-
-@pytest.fixture(params=[1280, 390])
-def page(request, reader, page_with):
-    return reader(request.param).open(page_with('id="decay-map"'))
 
 
 def words(page, text):

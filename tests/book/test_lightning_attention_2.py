@@ -2,15 +2,10 @@
 
 import re
 
-import pytest
 from playwright.sync_api import expect
 
+FIGURE = "tile-map"
 MAP = "#tile-map"
-
-
-@pytest.fixture(params=[1280, 390])
-def page(request, reader, page_with):
-    return reader(request.param).open(page_with('id="tile-map"'))
 
 
 def words(page, text):

@@ -5,10 +5,7 @@ import re
 import pytest
 from playwright.sync_api import expect
 
-
-@pytest.fixture(params=[1280, 390])
-def page(request, reader, page_with):
-    return reader(request.param).open(page_with('id="wires"'))
+FIGURE = "wires"
 
 
 def move(page, figure, name, value):

@@ -2,14 +2,10 @@
 
 import pytest
 
+FIGURE = "rhythm"
 STRIP = "#rhythm"
 LINKS = f"() => [...document.querySelectorAll('{STRIP} svg .mark-rule')].map((group) => group.innerHTML).join()"
 RECTS = f"() => [...document.querySelectorAll('{STRIP} svg .mark-rect')].map((group) => group.innerHTML).join()"
-
-
-@pytest.fixture(params=[1280, 390])
-def page(request, reader, page_with):
-    return reader(request.param).open(page_with('id="rhythm"'))
 
 
 def word(page, number: int):

@@ -2,13 +2,9 @@
 
 import re
 
-import pytest
 from playwright.sync_api import expect
 
-
-@pytest.fixture(params=[1280, 390])
-def page(request, reader, page_with):
-    return reader(request.param).open(page_with('id="labels-needed"'))
+FIGURE = "labels-needed"
 
 
 def shapes(page, figure, mark):

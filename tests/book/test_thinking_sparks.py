@@ -2,16 +2,11 @@
 
 import re
 
-import pytest
 from playwright.sync_api import expect
 
+FIGURE = "spark-map"
 MAP = "#spark-map"
 COUNT = re.compile(r"^\d+ heads in the circuit: \d+ new, \d+ lost$")
-
-
-@pytest.fixture(params=[1280, 390])
-def page(request, reader, page_with):
-    return reader(request.param).open(page_with('id="spark-map"'))
 
 
 def counted(page) -> list[int]:
