@@ -147,6 +147,7 @@ CLAIMS = """\
 # paper_value = "its number, with unit"
 # source = "section, table or figure"
 # source_read = false
+# ours = true  # only if the paper does not state it
 # quantity = "what we measure"
 # unit = "points"
 # setting = "our model, data and size beside the paper's"

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,7 @@ def test_pages_carry_facts_states_and_entries(book, record):
     assert "in preparation" in index
     for claim in claims.load(SLUG).values():
         assert f'data-claim="{claim.name}"' in index
+        assert (f">Our hypothesis: {escape(claim.statement)}<" in index) == claim.ours
     assert "25 [24, 26]" in index
 
 

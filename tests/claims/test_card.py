@@ -83,6 +83,14 @@ def test_a_source_that_was_read_is_not_called_second_hand():
     assert "second hand" not in repr(Card(replace(CLAIM, source_read=True), ROW))
 
 
+def test_a_hypothesis_of_ours_is_not_put_into_the_papers_mouth():
+    assert repr(Card(CLAIM, ROW)).count("The paper says") == 1
+    text = repr(Card(replace(CLAIM, ours=True), ROW))
+    assert "The paper says" not in text
+    assert "Its value" not in text
+    assert f"Our hypothesis  {CLAIM.statement}" in text
+
+
 def test_a_gpu_is_named_and_no_seed_is_said():
     row = {**ROW, "machine": {"platform": "Linux", "cpus": 2, "gpu": "GPU 9000"}, "seeds": []}
     assert "No randomness; 0.5 s; GPU 9000; 2026-01-02" in repr(Card(CLAIM, row))

@@ -111,6 +111,7 @@ class TestDeclarations:
             ('unit = "heads"', 'unit = ""', "unit: is empty"),
             ('unit = "heads"', "unit = 3", "unit: str is wanted, not 3"),
             ("source_read = false", 'source_read = "no"', "source_read: bool is wanted"),
+            ("source_read = false", "source_read = false\nours = 1", "ours: bool is wanted"),
             ("seeds = [0]", 'seeds = ["0"]', "seeds: a list of integers"),
             ("seeds = [0]", "seeds = [true]", "seeds: a list of integers"),
             ("seeds = [0]", "seeds = 0", "seeds: list is wanted"),

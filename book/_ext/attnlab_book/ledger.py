@@ -55,13 +55,14 @@ class ClaimsLedger(HtmlDirective):
             ("Setting", escape(claim.setting)),
             *((f"{name} if", f"<code>{escape(rule)}</code>") for name, rule in _rules(claim)),
         ]
+        statement = f"{'Our hypothesis: ' if claim.ours else ''}{claim.statement}"
         label = badge(verdict) if rows else f'<span class="attnlab-badge">{UNRECORDED}</span>'
         anchor = f"claim-{claim.slug}-{claim.id}"
         return (
             f'<article class="attnlab-entry" id="{escape(anchor)}" data-claim="{escape(claim.name)}" '
             f'data-verdict="{escape(verdict)}" data-part="{escape(paper.part)}" aria-labelledby="{escape(anchor)}-t">'
             f'<p class="attnlab-entry-head">{label} <code>{escape(claim.name)}</code></p>'
-            f'<p class="attnlab-statement" id="{escape(anchor)}-t">{escape(claim.statement)}</p>'
+            f'<p class="attnlab-statement" id="{escape(anchor)}-t">{escape(statement)}</p>'
             f"<dl>{''.join(f'<dt>{name}</dt><dd>{text}</dd>' for name, text in lines)}</dl></article>"
         )
 

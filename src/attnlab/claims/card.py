@@ -1,4 +1,4 @@
-"""How a judged claim is shown: what the paper says, what we measured, the rule, the verdict."""
+"""How a judged claim is shown: what the paper says or we suppose, what we measured, the rule, the verdict."""
 
 import html
 import math
@@ -30,8 +30,8 @@ class Card:
         claim = self.claim
         place = claim.source if claim.source_read else f"{claim.source}; quoted at second hand"
         pairs = [
-            ("The paper says", claim.statement),
-            ("Its value", f"{claim.paper_value} ({place})"),
+            ("Our hypothesis" if claim.ours else "The paper says", claim.statement),
+            ("The paper" if claim.ours else "Its value", f"{claim.paper_value} ({place})"),
             ("We measured", self._measured()),
             ("Here", f"{claim.setting}. {self._provenance()}"),
             ("Confirmed if", claim.confirm.text),

@@ -28,7 +28,7 @@ class Claim:
     Attributes:
         slug: the paper.
         id: the claim's name within the paper.
-        statement: what the paper states, in our words.
+        statement: what the paper states, in our words; or, where ``ours``, our hypothesis.
         paper_value: the paper's own number or finding.
         source: where the paper says it.
         source_read: whether we read that place ourselves (False: quoted at second hand).
@@ -40,6 +40,7 @@ class Claim:
         applies: the rule that must hold for the experiment to speak about the claim at all.
         seeds: the seeds that the experiment uses.
         controls: names of the further measurements that the rules compare with.
+        ours: the paper does not make this statement; it is our hypothesis.
     """
 
     slug: str
@@ -56,6 +57,7 @@ class Claim:
     seeds: tuple[int, ...]
     applies: Rule | None = None
     controls: tuple[str, ...] = ()
+    ours: bool = False
 
     @property
     def name(self) -> str:
@@ -124,7 +126,12 @@ def _load(file: Path) -> dict[str, Claim]:
     return {claim_id: _read_claim(file.stem, claim_id, table) for claim_id, table in tables.items()}
 
 
-_TYPES: dict[str, type] = {"source_read": bool, "seeds": list, "controls": list}  # every other field is text
+_TYPES: dict[str, type] = {
+    "source_read": bool,
+    "ours": bool,
+    "seeds": list,
+    "controls": list,
+}  # every other field is text
 _REQUIRED = {field.name for field in fields(Claim) if field.default is MISSING} - {"slug", "id"}
 _OPTIONAL = {field.name for field in fields(Claim) if field.default is not MISSING}
 
