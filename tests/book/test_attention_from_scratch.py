@@ -1,18 +1,12 @@
 """The introduction: real weights answer to click, menu and slider; terms and papers of the map light each other up."""
 
-import re
-
 from playwright.sync_api import expect
 
 from attnlab import papers
+from tests.book.drawing import words
 
 FIGURE = "term-map"
-WEIGHTS, MAP = "#real-weights", "#term-map"
-
-
-def words(page, figure, text):
-    """A line of text in a drawing."""
-    return page.locator(f"{figure} svg text").filter(has_text=re.compile(text))
+WEIGHTS, MAP = "real-weights", FIGURE
 
 
 def effective(page) -> float:
@@ -22,11 +16,11 @@ def effective(page) -> float:
 
 def choose(page, name, value):
     """Set one of the controls below the weights."""
-    page.locator(f"{WEIGHTS} .vega-bind", has_text=name).locator("select").select_option(value)
+    page.locator(f"#{WEIGHTS} .vega-bind", has_text=name).locator("select").select_option(value)
 
 
 def test_sharpness_leads_from_the_average_to_one_key(page):
-    slider = page.locator(f"{WEIGHTS} input[type=range]")
+    slider = page.locator(f"#{WEIGHTS} input[type=range]")
     slider.fill("0")
     expect(words(page, WEIGHTS, r"effective keys: 15\.0$")).to_have_count(1)  # the last of 15 tokens reads all alike
     slider.fill("4")
@@ -35,21 +29,21 @@ def test_sharpness_leads_from_the_average_to_one_key(page):
 
 
 def test_the_mask_and_the_head_can_be_changed(page):
-    page.locator(f"{WEIGHTS} input[type=range]").fill("0")
+    page.locator(f"#{WEIGHTS} input[type=range]").fill("0")
     choose(page, "mask", "last four tokens")
     expect(words(page, WEIGHTS, r"effective keys: 4\.0$")).to_have_count(1)
     choose(page, "mask", "none")
     expect(words(page, WEIGHTS, r"effective keys: 15\.0$")).to_have_count(1)
-    page.locator(f"{WEIGHTS} input[type=range]").fill("1")
+    page.locator(f"#{WEIGHTS} input[type=range]").fill("1")
     choose(page, "mask", "causal")
-    label = page.locator(f"{WEIGHTS} select option", has_text="first token").text_content()
+    label = page.locator(f"#{WEIGHTS} select option", has_text="first token").text_content()
     choose(page, "head", label)
     expect(words(page, WEIGHTS, "reads most from “When”")).to_have_count(1)
 
 
 def test_a_click_on_a_row_asks_for_another_token(page):
-    page.locator(f"{WEIGHTS} input[type=range]").fill("0")
-    cells = page.locator(f"{WEIGHTS} svg .mark-rect path")
+    page.locator(f"#{WEIGHTS} input[type=range]").fill("0")
+    cells = page.locator(f"#{WEIGHTS} svg .mark-rect path")
     cells.nth(15 + 3 * 15).click()  # after 15 bars, the row of the fourth token, John
     expect(words(page, WEIGHTS, "^“John” reads")).to_have_count(1)
     expect(words(page, WEIGHTS, r"effective keys: 4\.0$")).to_have_count(1)
@@ -58,13 +52,13 @@ def test_a_click_on_a_row_asks_for_another_token(page):
 def lit(page) -> set[str]:
     """The papers whose names are bold."""
     names = {paper.slug.replace("-", " "): paper.slug for paper in papers.all().values()}
-    found = page.locator(f'{MAP} svg text[font-weight="bold"]').all_text_contents()
+    found = page.locator(f'#{MAP} svg text[font-weight="bold"]').all_text_contents()
     return {names[text] for text in found if text in names}
 
 
 def spot(page, number):
     """The unseen box over a term or a name, in the order terms, papers by column."""
-    return page.locator(f'{MAP} svg .mark-rect path[opacity="0.001"]').nth(number)
+    return page.locator(f'#{MAP} svg .mark-rect path[opacity="0.001"]').nth(number)
 
 
 def members(term):
@@ -75,7 +69,7 @@ def test_a_term_lights_its_papers_and_a_paper_its_term(page):
     from attnlab.figures.attention_from_scratch import map_frame
 
     frame = map_frame(papers.all())
-    assert page.locator(f'{MAP} svg .mark-rect path[opacity="0.001"]').count() == len(frame)
+    assert page.locator(f'#{MAP} svg .mark-rect path[opacity="0.001"]').count() == len(frame)
     assert lit(page) == members("scores")
     for number, term in enumerate(frame[frame.slug == ""].term):
         spot(page, number).click()
@@ -85,6 +79,6 @@ def test_a_term_lights_its_papers_and_a_paper_its_term(page):
     spot(page, int(frame.index[frame.slug == "titans"][0])).click()
     expect(words(page, MAP, r"^titans \(hybrids\) changes: memory$")).to_have_count(1)
     assert lit(page) == {"titans"}
-    box = page.locator(f'{MAP} svg .mark-rect path[fill-opacity="1"]')
+    box = page.locator(f'#{MAP} svg .mark-rect path[fill-opacity="1"]')
     expect(box).to_have_count(1)  # the box of its term, and no other
     expect(words(page, MAP, "^The state is a network trained while reading")).to_have_count(1)

@@ -3,7 +3,7 @@
 from playwright.sync_api import expect
 
 FIGURE = "letter-map"
-MAP = "#letter-map"
+MAP = f"#{FIGURE}"
 FILLS = f"""() => [...document.querySelectorAll("{MAP} svg .mark-symbol path")]
     .filter((path) => path.hasAttribute("transform") && path.getAttribute("fill"))
     .map((path) => path.getAttribute("fill"))"""

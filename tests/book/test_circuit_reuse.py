@@ -6,7 +6,7 @@ from playwright.sync_api import expect
 
 FIGURE = "reuse-map"
 PURPLE = "#7B4FA3".lower()
-MAP = "#reuse-map"
+MAP = f"#{FIGURE}"
 LIT = f"""() => [...document.querySelectorAll("{MAP} svg .mark-rect path")]
     .filter((path) => (path.getAttribute("fill") || "").toLowerCase() === "{PURPLE}").length"""
 

@@ -5,7 +5,7 @@ import re
 from playwright.sync_api import expect
 
 FIGURE = "circuits-explorer"
-BOX = "#circuits-explorer"
+BOX = f"#{FIGURE}"
 TASKS = ("IOI", "Colored Objects", "Greater-than")
 TOKENS = f"""() => [...document.querySelectorAll("{BOX} svg text")].filter((t) => (getComputedStyle(t).fontFamily || "").includes("mono"))
     .map((t) => t.textContent).join("")"""

@@ -1,17 +1,12 @@
 """The flow network: buttons change what is fixed, a click follows one source."""
 
-import re
-
 import pytest
 from playwright.sync_api import expect
 
+from tests.book.drawing import words
+
 FIGURE = "flow-network"
-NETWORK = "#flow-network"
-
-
-def words(page, text):
-    """A line of text in the drawing."""
-    return page.locator(f"{NETWORK} svg text").filter(has_text=re.compile(text))
+NETWORK = f"#{FIGURE}"
 
 
 def fix(page, step):
@@ -19,15 +14,15 @@ def fix(page, step):
 
 
 def test_the_side_that_is_fixed_is_one_and_the_sum_is_conserved(page):
-    expect(words(page, r"^q\d\s+1\.00$")).to_have_count(0)
+    expect(words(page, FIGURE, r"^q\d\s+1\.00$")).to_have_count(0)
     fix(page, "2 fix sinks")
-    expect(words(page, r"^q\d\s+1\.00$")).to_have_count(6)
-    expect(words(page, r"sent in all 6\.00, received in all 6\.00")).to_have_count(1)
+    expect(words(page, FIGURE, r"^q\d\s+1\.00$")).to_have_count(6)
+    expect(words(page, FIGURE, r"sent in all 6\.00, received in all 6\.00")).to_have_count(1)
     fix(page, "3 fix sources")
-    expect(words(page, r"^k\d\s+1\.00$")).to_have_count(8)
-    expect(words(page, r"sent in all 8\.00, received in all 8\.00")).to_have_count(1)
+    expect(words(page, FIGURE, r"^k\d\s+1\.00$")).to_have_count(8)
+    expect(words(page, FIGURE, r"sent in all 8\.00, received in all 8\.00")).to_have_count(1)
     fix(page, "5 allocation")
-    expect(words(page, r"in all [68]\.00")).to_have_count(0)
+    expect(words(page, FIGURE, r"in all [68]\.00")).to_have_count(0)
 
 
 SHADES = f"""[...document.querySelectorAll("{NETWORK} svg .mark-area path")].map(

@@ -1,16 +1,11 @@
 """The linked picture of the decays: a clicked head and a chosen schedule change what they should."""
 
-import re
-
 from playwright.sync_api import expect
 
+from tests.book.drawing import words
+
 FIGURE = "decay-map"
-MAP = "#decay-map"
-
-
-def words(page, text):
-    """A line of text in the drawing."""
-    return page.locator(f"{MAP} svg text").filter(has_text=re.compile(text))
+MAP = f"#{FIGURE}"
 
 
 def mask(page):
@@ -22,17 +17,17 @@ def mask(page):
 
 def test_a_click_on_a_head_draws_its_mask(page):
     expect(
-        words(page, r"^Layer 0, head 1 keeps 0\.368 a token:half of a write is gone after 0\.69 tokens")
+        words(page, FIGURE, r"^Layer 0, head 1 keeps 0\.368 a token:half of a write is gone after 0\.69 tokens")
     ).to_have_count(1)
     before = mask(page)
-    words(page, r"^8\.3$").click(force=True)  # the cell, through its label
+    words(page, FIGURE, r"^8\.3$").click(force=True)  # the cell, through its label
     expect(
-        words(page, r"^Layer 11, head 1 keeps 0\.92 a token:half of a write is gone after 8\.3 tokens")
+        words(page, FIGURE, r"^Layer 11, head 1 keeps 0\.92 a token:half of a write is gone after 8\.3 tokens")
     ).to_have_count(1)
     assert mask(page) != before
 
 
 def test_the_schedule_changes_the_same_head(page):
     page.locator(f"{MAP} .vega-bind", has_text="schedule").locator("select").select_option("eq. 10, heads from 0")
-    expect(words(page, "^Layer 0, head 1 keeps everything:nothing is forgotten")).to_have_count(1)
-    expect(words(page, "^∞$")).to_have_count(12)
+    expect(words(page, FIGURE, "^Layer 0, head 1 keeps everything:nothing is forgotten")).to_have_count(1)
+    expect(words(page, FIGURE, "^∞$")).to_have_count(12)

@@ -1,16 +1,11 @@
 """The linked picture of the tiles: tile size, head width and a clicked row change what they should."""
 
-import re
-
 from playwright.sync_api import expect
 
+from tests.book.drawing import words
+
 FIGURE = "tile-map"
-MAP = "#tile-map"
-
-
-def words(page, text):
-    """A line of text in the drawing."""
-    return page.locator(f"{MAP} svg text").filter(has_text=re.compile(text))
+MAP = f"#{FIGURE}"
 
 
 def choose(page, label, value):
@@ -18,20 +13,20 @@ def choose(page, label, value):
 
 
 def test_the_tile_size_moves_keys_between_state_and_tile(page):
-    expect(words(page, "^Token 37 reads state 2, the sum of 32 tokens,")).to_have_count(1)
+    expect(words(page, FIGURE, "^Token 37 reads state 2, the sum of 32 tokens,")).to_have_count(1)
     choose(page, "tokens a tile", "4")
-    expect(words(page, "^Token 37 reads state 9, the sum of 36 tokens,")).to_have_count(1)
-    expect(words(page, "^16$")).not_to_have_count(0)  # 64 / 4 steps beside the point
+    expect(words(page, FIGURE, "^Token 37 reads state 9, the sum of 36 tokens,")).to_have_count(1)
+    expect(words(page, FIGURE, "^16$")).not_to_have_count(0)  # 64 / 4 steps beside the point
     choose(page, "tokens a tile", "64")
-    expect(words(page, "^Token 37 reads no state")).to_have_count(1)
+    expect(words(page, FIGURE, "^Token 37 reads no state")).to_have_count(1)
     choose(page, "tokens a tile", "1")
-    expect(words(page, "meets 1 key of tile 37")).to_have_count(1)
+    expect(words(page, FIGURE, "meets 1 key of tile 37")).to_have_count(1)
 
 
 def test_a_click_on_a_row_says_what_it_reads(page):
     page.locator(f"{MAP} svg .mark-rect path").first.click()
-    expect(words(page, "^Token 37 reads")).to_have_count(0)
-    expect(words(page, r"^Token \d+ reads")).to_have_count(1)
+    expect(words(page, FIGURE, "^Token 37 reads")).to_have_count(0)
+    expect(words(page, FIGURE, r"^Token \d+ reads")).to_have_count(1)
 
 
 def test_the_head_width_changes_the_operations_only(page):

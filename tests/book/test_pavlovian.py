@@ -1,14 +1,10 @@
 """The conditioning chamber, the inside of a store, and the linked figures of capacity and depth."""
 
-import re
-
 from playwright.sync_api import expect
 
+from tests.book.drawing import words
+
 FIGURE = "chamber"
-
-
-def words(page, figure, text):
-    return page.locator(f"#{figure} svg text").filter(has_text=re.compile(text))
 
 
 def shapes(page, figure, mark):

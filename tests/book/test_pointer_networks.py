@@ -1,23 +1,10 @@
 """The step, the input and the network of the first figure, the measure by size, and one curve out of many."""
 
-import re
-
 from playwright.sync_api import expect
 
+from tests.book.drawing import move, words
+
 FIGURE = "watch"
-
-
-def move(page, figure, name, value):
-    """Put a slider of a figure to a value."""
-    slider = page.locator(f"#{figure} input[type=range][name={name}]")
-    slider.evaluate(
-        "(input, value) => { input.value = value; input.dispatchEvent(new Event('input', {bubbles: true})) }",
-        str(value),
-    )
-
-
-def words(page, figure, text):
-    return page.locator(f"#{figure} svg text").filter(has_text=re.compile(text))
 
 
 def drawing(page, figure):

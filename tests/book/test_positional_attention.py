@@ -5,16 +5,9 @@ import re
 import pytest
 from playwright.sync_api import expect
 
+from tests.book.drawing import move
+
 FIGURE = "wires"
-
-
-def move(page, figure, name, value):
-    """Put a slider of a figure to a value."""
-    slider = page.locator(f"#{figure} input[type=range][name={name}]")
-    slider.evaluate(
-        "(input, value) => { input.value = value; input.dispatchEvent(new Event('input', {bubbles: true})) }",
-        str(value),
-    )
 
 
 def boxes(page):

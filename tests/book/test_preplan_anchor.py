@@ -3,7 +3,7 @@
 import pytest
 
 FIGURE = "rhythm"
-STRIP = "#rhythm"
+STRIP = f"#{FIGURE}"
 LINKS = f"() => [...document.querySelectorAll('{STRIP} svg .mark-rule')].map((group) => group.innerHTML).join()"
 RECTS = f"() => [...document.querySelectorAll('{STRIP} svg .mark-rect')].map((group) => group.innerHTML).join()"
 

@@ -5,7 +5,7 @@ import re
 from playwright.sync_api import expect
 
 FIGURE = "barcode"
-BARCODE = "#barcode"
+BARCODE = f"#{FIGURE}"
 
 
 def kept(page) -> tuple[int, int]:

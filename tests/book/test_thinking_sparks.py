@@ -5,7 +5,7 @@ import re
 from playwright.sync_api import expect
 
 FIGURE = "spark-map"
-MAP = "#spark-map"
+MAP = f"#{FIGURE}"
 COUNT = re.compile(r"^\d+ heads in the circuit: \d+ new, \d+ lost$")
 
 

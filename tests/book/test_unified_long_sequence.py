@@ -1,23 +1,10 @@
 """The ring's step and layout, the chosen mixer and the clicked row, and the sliders of the transfer that hides."""
 
-import re
-
 from playwright.sync_api import expect
 
+from tests.book.drawing import move, words
+
 FIGURE = "ring"
-
-
-def move(page, figure, name, value):
-    """Put a slider of a figure to a value."""
-    slider = page.locator(f"#{figure} input[type=range][name={name}]")
-    slider.evaluate(
-        "(input, value) => { input.value = value; input.dispatchEvent(new Event('input', {bubbles: true})) }",
-        str(value),
-    )
-
-
-def words(page, figure, text):
-    return page.locator(f"#{figure} svg text").filter(has_text=re.compile(text))
 
 
 def test_contiguous_shards_let_the_first_rank_wait_and_zigzag_does_not(page):
