@@ -1,11 +1,11 @@
-"""Bootstrap intervals: known cases, coverage, refusals."""
+"""Intervals: known cases, coverage, refusals."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from attnlab.claims import bootstrap, bootstrap_mean
+from attnlab.claims import bootstrap, bootstrap_mean, mean_and_range
 
 
 def test_equal_values_have_no_spread() -> None:
@@ -41,3 +41,10 @@ def test_any_statistic_of_the_picked_items() -> None:
 def test_one_item_has_no_spread(n: int) -> None:
     with pytest.raises(ValueError, match=f"n={n}"):
         bootstrap(n, lambda picks: picks.mean(1))
+
+
+def test_a_few_seeds_have_a_mean_and_a_range() -> None:
+    assert mean_and_range(iter([4.0, 1, 2.5])) == (2.5, (1.0, 4.0))
+    assert mean_and_range(np.array([3])) == (3.0, (3.0, 3.0))
+    with pytest.raises(ValueError, match="values: none given"):
+        mean_and_range([])

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attnlab import claims
 from attnlab.circuits import chinchilla_mcq_runs as runs
 from attnlab.circuits.chinchilla_mcq import (
     DirectEffects,
@@ -156,8 +157,8 @@ def learnt(smalls: Sequence[Small]) -> list[Small]:
 
 def over_seeds(smalls: Sequence[Small], value: Callable[[Small], float]) -> dict[str, Any]:
     """``value`` and ``interval`` for :func:`attnlab.claims.check`: mean, lowest and highest seed."""
-    values = [value(small) for small in smalls]
-    return {"value": float(np.mean(values)), "interval": (min(values), max(values))}
+    mean, interval = claims.mean_and_range(value(small) for small in smalls)
+    return {"value": mean, "interval": interval}
 
 
 def control(smalls: Sequence[Small], value: Callable[[Small], float]) -> tuple[float, tuple[float, float]]:

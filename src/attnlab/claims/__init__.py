@@ -6,7 +6,7 @@ from the rows this records.
 
 from attnlab.claims.card import Card, format_measurement, format_number
 from attnlab.claims.declaration import Claim, Verdict, declared, get, load
-from attnlab.claims.intervals import bootstrap, bootstrap_mean
+from attnlab.claims.intervals import bootstrap, bootstrap_mean, mean_and_range
 from attnlab.claims.ledger import Row, audit, check, measure, rows
 from attnlab.claims.rules import ClaimError, Measurement
 
@@ -26,6 +26,7 @@ __all__ = [
     "format_number",
     "get",
     "load",
+    "mean_and_range",
     "measure",
     "rows",
 ]

@@ -16,7 +16,6 @@ from attnlab.foundations import pavlovian as lab
 WIDTH = 250
 EFFECTS = ("blocking", "extinction", "overshadowing")
 CUE_COLOURS = {"A": SOFTMAX, "B": NEGATIVE}
-PARTS = {"signal": OURS, "cross-talk": NEGATIVE}
 
 # ------------------------------------------------------------------------------------------------- the conditioning chamber
 

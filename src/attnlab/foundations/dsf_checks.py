@@ -15,6 +15,7 @@ from attnlab.foundations import dsf, dsf_builders
 from attnlab.foundations.dsf import Recurrence
 from attnlab.foundations.dsf_models import QLSTMCore
 from attnlab.foundations.dsf_runs import Setting, Spec
+from attnlab.foundations.dsf_softmax import logits
 from attnlab.models.losses import target_loss
 from attnlab.models.run import TrainConfig
 from attnlab.models.training import fit, seeded
@@ -161,7 +162,7 @@ def causal_scores(q: Tensor, k: Tensor) -> Tensor:
 
 def cut_weights(q: Tensor, k: Tensor, order: int) -> Tensor:
     """Causal softmax with ``sum_{p <= order} s^p / p!`` for ``e^s``, [B, H, T, T]."""
-    scores = torch.einsum("bihk,bjhk->bhij", q, k) * q.shape[-1] ** -0.5
+    scores = logits(q, k)
     weights = torch.stack([scores**p / math.factorial(p) for p in range(order + 1)]).sum(0).tril()
     return weights / weights.sum(-1, keepdim=True)
 

@@ -35,15 +35,9 @@ def accuracies(rows: Iterable[dict[str, Any]], case: str = "small") -> pd.DataFr
     return found.pivot(index="seed", columns="impl", values="percent")
 
 
-def spread(values: Iterable[float]) -> tuple[float, Interval]:
-    """Mean and range over the seeds: with three there is no better interval."""
-    values = list(values)
-    return fmean(values), (min(values), max(values))
-
-
 def gain(table: pd.DataFrame, of: str, over: str) -> tuple[float, Interval]:
     """Points by which one model is above another with the same seed: mean and range of the seeds."""
-    return spread((table[of] - table[over]).tolist())
+    return claims.mean_and_range(table[of] - table[over])
 
 
 def verdicts(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -51,7 +45,7 @@ def verdicts(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     rows, found = list(rows), {}
     table = accuracies(rows)
     if _complete(table, COMPARED["small"]):
-        softmax = {"softmax": spread(table["softmax, n = 32"].tolist())}
+        softmax = {"softmax": claims.mean_and_range(table["softmax, n = 32"])}
         linear, normalised = "linear, n = 32", "normalised, n = 32"
         found["state-expansion"] = (gain(table, linear, "linear, n = 8"), softmax)
         found["normalisation"] = (gain(table, normalised, linear), softmax)
@@ -60,7 +54,7 @@ def verdicts(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     table = accuracies(rows, "gates")
     if _complete(table, COMPARED["gates"]):
         form, start = gain(table, "qLSTM, reversed", "qLSTM"), gain(table, "qLSTM, long start", "qLSTM")
-        learned = spread(table[sorted(COMPARED["gates"])].max(axis=1).tolist())
+        learned = claims.mean_and_range(table[sorted(COMPARED["gates"])].max(axis=1))
         found["reversed-gate"] = (form, {"start": start, "best": learned})
         found["initial-memory"] = (start, {"form": form, "best": learned})
     return {

@@ -16,6 +16,7 @@ from torch import Tensor
 
 EPSILON, DELTA = 0.1, 0.5  # tolerated failure probability and noise power of all experiments here
 D_V = 64
+PATTERN = 128  # channels of the patterns in a chain
 
 # ------------------------------------------------------------------------------------------------------------- one store
 
@@ -81,9 +82,15 @@ def predicted(d_k: int, d_v: int = D_V, epsilon: float = EPSILON, delta: float =
     return n
 
 
-def any_fails(k: Tensor, v: Tensor, n: int, delta: float = DELTA) -> Tensor:
-    """Whether any of the first n pairs of a draw fails, [R]."""
-    return (noise_power(k[:, :n], v[:, :n]) >= delta).any(-1)
+def random_pairs(seed: int, draws: int, n: int, d_k: int, d_v: int = D_V) -> tuple[Tensor, Tensor]:
+    """Unit keys [R, n, K] and values [R, n, V], uniform on the sphere."""
+    generator = torch.Generator().manual_seed(seed)
+    return sphere(generator, draws, n, d_k), sphere(generator, draws, n, d_v)
+
+
+def failing_draws(k: Tensor, v: Tensor, n: int, delta: float = DELTA) -> float:
+    """Share of the draws in which any of the first n pairs fails."""
+    return float((noise_power(k[:, :n], v[:, :n]) >= delta).any(-1).float().mean())
 
 
 def capacity(
@@ -94,14 +101,12 @@ def capacity(
     Unit keys and values, uniform on the sphere. The first n pairs of the same draws serve for every n.
     """
     _positive(d_k=d_k, draws=draws, d_v=d_v)
-    generator = torch.Generator().manual_seed(seed)
     most = int(average_case(d_k, delta)) + 2  # beyond the mean's own limit most draws fail
-    k, v = sphere(generator, draws, most, d_k), sphere(generator, draws, most, d_v)
+    k, v = random_pairs(seed, draws, most, d_k, d_v)
     low, high = 1, most  # n = 1 has no cross-talk
     while high - low > 1:
         middle = (low + high) // 2
-        fails = float(any_fails(k, v, middle, delta).float().mean())
-        low, high = (middle, high) if fails < epsilon else (low, middle)
+        low, high = (middle, high) if failing_draws(k, v, middle, delta) < epsilon else (low, middle)
     return low
 
 
@@ -138,24 +143,20 @@ def slopes(found: pd.DataFrame, criterion: str, smallest: int = 32) -> list[floa
 def failure_curve(d_k: int, seed: int = 0, draws: int = 200, points: int = 24) -> pd.DataFrame:
     """Share of draws in which any of n retrievals fails against n: ``n, measured, bound``, the bound being that of Theorem 6.2."""
     most = int(average_case(d_k))
-    generator = torch.Generator().manual_seed(seed)
-    k, v = sphere(generator, draws, most, d_k), sphere(generator, draws, most, D_V)
+    k, v = random_pairs(seed, draws, most, d_k)
     sizes = sorted({round(most ** (i / (points - 1))) for i in range(points)} | {2, 3})
-    rows = [(n, float(any_fails(k, v, n).float().mean()), min(1.0, n * (n - 1) / (DELTA * d_k))) for n in sizes]
+    rows = [(n, failing_draws(k, v, n), min(1.0, n * (n - 1) / (DELTA * d_k))) for n in sizes]
     return pd.DataFrame(rows, columns=["n", "measured", "bound"]).query("n > 1")
 
 
 def failure_rate(d_k: int, n: int, seed: int, draws: int = 400) -> float:
     """Share of draws in which any of n retrievals fails."""
-    generator = torch.Generator().manual_seed(seed)
-    k, v = sphere(generator, draws, n, d_k), sphere(generator, draws, n, D_V)
-    return float(any_fails(k, v, n).float().mean())
+    return failing_draws(*random_pairs(seed, draws, n, d_k), n)
 
 
 def noise_ratio(n: int, d_k: int, seed: int, features: Literal["none", "elu + 1"] = "none", draws: int = 200) -> float:
     """Mean noise power over the theory's ``(n - 1) / d_k``; with positive features similarities no longer cancel."""
-    generator = torch.Generator().manual_seed(seed)
-    k, v = sphere(generator, draws, n, d_k), sphere(generator, draws, n, D_V)
+    k, v = random_pairs(seed, draws, n, d_k)
     if features == "elu + 1":
         k = torch.nn.functional.elu(k * d_k**0.5) + 1
         k = k / k.norm(dim=-1, keepdim=True)
@@ -246,7 +247,15 @@ LOADS = (8, 16, 32, 48)
 
 
 def chain(
-    depth: int, n: int, clean_up: CleanUp, seed: int, *, d: int = 128, heads: int = 0, d_k: int = 64, draws: int = 40
+    depth: int,
+    n: int,
+    clean_up: CleanUp,
+    seed: int,
+    *,
+    d: int = PATTERN,
+    heads: int = 0,
+    d_k: int = 64,
+    draws: int = 40,
 ) -> pd.DataFrame:
     """Chained stores: what one layer answers is the cue of the next. Patterns of n ideas are random signs over sqrt(d).
 
@@ -272,9 +281,7 @@ def chain(
     for layer in range(depth):
         stored, right = patterns[layer], patterns[layer + 1]
         if heads:
-            maps = torch.randn(draws, d, heads * d_k, generator=generator) / math.sqrt(
-                heads * d_k
-            )  # mean over heads inside
+            maps = torch.randn(draws, d, heads * d_k, generator=generator) / (heads * d_k) ** 0.5  # averages the heads
             answer = ((cue @ maps) @ (stored @ maps).mT) @ right
         else:
             answer = (cue @ stored.mT) @ right  # q S with S = K^T V
@@ -289,7 +296,7 @@ def chain(
     return pd.DataFrame(rows, columns=["layer", "noise", "failed", "found"])
 
 
-def chain_noise_theory(layer: int, n: int, d: int = 128) -> float:
+def chain_noise_theory(layer: int, n: int, d: int = PATTERN) -> float:
     """Noise power after ``layer`` stores without clean-up, ``(1 + (n - 1) / d)^layer - 1`` (ours).
 
     Layer by layer the weights of the n patterns are multiplied by a Gram matrix ``I + N`` whose off-diagonal entries have variance
@@ -305,7 +312,7 @@ def chains(loads: Sequence[int], seeds: Sequence[int], depth: int = 8) -> pd.Dat
         for clean_up in CLEAN_UPS:
             for seed in seeds:
                 found = chain(depth, n, clean_up, seed).assign(n=n, clean_up=clean_up, seed=seed)
-                found["bound"] = [error_bound(layer, 1, n, 128) for layer in found.layer]
+                found["bound"] = [error_bound(layer, 1, n, PATTERN) for layer in found.layer]
                 frames.append(found)
     return pd.concat(frames, ignore_index=True)
 

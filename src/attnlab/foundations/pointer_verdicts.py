@@ -17,18 +17,13 @@ from attnlab.foundations.pointer_tasks import ATTENTION, POINTER, SOFTMAX, Score
 Interval = tuple[float, float]
 
 
-def spread(scores: Sequence[float]) -> tuple[float, Interval]:
-    """Mean and range over the seeds: with three there is no better interval."""
-    return fmean(scores), (min(scores), max(scores))
-
-
 def exact_by_kind(rows: Iterable[dict[str, Any]], n: int = 10) -> dict[str, tuple[float, Interval]]:
     """Percent of exact hulls of n points by network: mean and range over the seeds. Rows of ``rows_of``."""
     found: dict[str, list[float]] = {}
     for row in rows:
         if row["n"] == n:
             found.setdefault(row["kind"], []).append(100 * row["exact"])
-    return {kind: spread(scores) for kind, scores in found.items()}
+    return {kind: claims.mean_and_range(scores) for kind, scores in found.items()}
 
 
 def three_lstms(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -35,12 +35,9 @@ def diagonal_ratio(W_Q: Tensor, W_K: Tensor) -> Tensor:
     """
     if W_Q.shape != W_K.shape or W_Q.shape[-2] < 2:
         raise ValueError(f"W_Q {tuple(W_Q.shape)} and W_K {tuple(W_K.shape)} must be the same [..., d, K] with d >= 2")
-    d = W_Q.shape[-2]
-    diagonal = (W_Q * W_K).sum(-1)  # [..., d]
-    off = d * (d - 1)
-    total = (W_Q.sum(-2) * W_K.sum(-2)).sum(-1) - diagonal.sum(-1)
-    squares = ((W_Q.mT @ W_Q) * (W_K.mT @ W_K)).sum((-2, -1)) - diagonal.square().sum(-1)
-    return diagonal.mean(-1) / (squares / off - (total / off) ** 2).sqrt()
+    total = (W_Q.sum(-2) * W_K.sum(-2)).sum(-1)
+    squares = ((W_Q.mT @ W_Q) * (W_K.mT @ W_K)).sum((-2, -1))
+    return _standing_out((W_Q * W_K).sum(-1), total, squares)
 
 
 def shuffled_ratios(W_Q: Tensor, W_K: Tensor, shuffles: int, generator: torch.Generator) -> Tensor:
@@ -48,11 +45,15 @@ def shuffled_ratios(W_Q: Tensor, W_K: Tensor, shuffles: int, generator: torch.Ge
     d = W_Q.shape[-2]
     product = W_Q @ W_K.mT  # [d, d]
     order = torch.stack([torch.randperm(d, generator=generator) for _ in range(shuffles)])
-    diagonals = product[torch.arange(d), order]  # [shuffles, d]
-    off = d * (d - 1)
-    total = product.sum() - diagonals.sum(-1)
-    squares = product.square().sum() - diagonals.square().sum(-1)
-    return diagonals.mean(-1) / (squares / off - (total / off) ** 2).sqrt()
+    return _standing_out(product[torch.arange(d), order], product.sum(), product.square().sum())
+
+
+def _standing_out(diagonal: Tensor, total: Tensor, squares: Tensor) -> Tensor:
+    """Mean of a diagonal [..., d] over the standard deviation off it, from the sum and the sum of squares of the whole matrix."""
+    d = diagonal.shape[-1]
+    mean = (total - diagonal.sum(-1)) / (d * (d - 1))
+    square = (squares - diagonal.square().sum(-1)) / (d * (d - 1))
+    return diagonal.mean(-1) / (square - mean**2).sqrt()
 
 
 def turned(W_K: Tensor, offset: int, base: float) -> Tensor:
@@ -107,4 +108,4 @@ def with_habits(heads: pd.DataFrame, model: Any, tokenizer: Any, text: str) -> p
 
 def rank_correlation(x: pd.Series, y: pd.Series) -> float:
     """Spearman's: 1 if both order the heads alike, 0 if one says nothing about the other."""
-    return float(np.corrcoef(x.rank(), y.rank())[0, 1])
+    return float(x.corr(y, method="spearman"))

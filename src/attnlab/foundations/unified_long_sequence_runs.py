@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from attnlab import data, lab
+from attnlab import claims, data, lab
 from attnlab.foundations.unified_long_sequence import MIXERS
 from attnlab.models.language import MLP, Decoder
 from attnlab.models.losses import target_accuracy, target_loss
@@ -93,8 +93,7 @@ def compare(
 def advantage(runs: pd.DataFrame, question: Question) -> tuple[float, tuple[float, float]]:
     """Accuracy of softmax attention above the better fixed mixer of the same seed, in points: mean and range of the seeds."""
     table = runs[runs.question == question].pivot(index="seed", columns="mixer", values="accuracy")
-    points = (100 * (table["softmax attention"] - table[list(FIXED)].max(axis=1))).tolist()
-    return fmean(points), (min(points), max(points))
+    return claims.mean_and_range(100 * (table["softmax attention"] - table[list(FIXED)].max(axis=1)))
 
 
 def blind(setting: Setting | None = None, draws: int = 20_000, seed: int = 0) -> float:
