@@ -252,6 +252,11 @@ def test_a_record_is_written_with_what_it_ran(tmp_path: Path, monkeypatch: pytes
     assert record.rows[-1]["seeds"] == [0, 1]
     assert all(len(row["curve"]) == 2 for row in record.rows if row.get("case") == "credit")
     assert json.loads(path.read_text())["commit"] == "0123abc"
+    runs.main(["--record", str(path), *chosen[:4], "local", *chosen[4:], "--commit", "later"])
+    again = records.load("preplan-anchor", tmp_path)
+    assert again is not None
+    assert again.rows[:7] == record.rows[:7], "runs that are there were made anew"
+    assert [row.get("impl") for row in again.rows[5:]] == ["local", "local", "coupled", "coupled", None]
 
 
 def test_the_base_is_saved_where_it_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -128,10 +129,24 @@ def test_a_record_goes_on_where_it_stopped_and_gives_its_networks_back(tmp_path)
         runs.load("hull", tasks.POINTER, folder=tmp_path)
 
 
+def test_networks_are_trained_side_by_side_and_stand_in_their_order(tmp_path):
+    alone, beside = tmp_path / "alone.json", tmp_path / "beside.json"
+    parts = [dataclasses.replace(part, kinds=(tasks.POINTER,), seeds=(0,)) for part in runs.SIZES["tiny"]]
+    options = {"models": None, "device": "cpu", "commit": "c", "command": "d"}
+    assert runs.make_record(alone, parts, **options)
+    assert runs.make_record(beside, parts, workers=2, **options)
+    one, two = (json.loads(path.read_text())["rows"] for path in (alone, beside))
+    assert [row | {"seconds": 0} for row in two] == [row | {"seconds": 0} for row in one]
+    assert not runs.make_record(tmp_path / "none.json", parts, workers=1, limit_s=-1, **options)
+
+
 def test_the_command_wants_a_device_that_exists(capsys, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("here it does")
     with pytest.raises(SystemExit):
         runs.main(["--record", str(tmp_path / "x.json"), "--device", "cuda"])
     assert "there is no such device here" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        runs.main(["--record", str(tmp_path / "x.json"), "--workers", "0"])
+    assert "--workers 0: at least 1" in capsys.readouterr().err
     assert runs.thinned([1.0, 3.0, 5.0, 7.0], points=2) == [[2, 2.0], [4, 6.0]]

@@ -167,25 +167,38 @@ def credit_table(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
 def write_record(
     path: Path, rules: Sequence[str], seeds: Sequence[int], iterations: int, *, command: str, commit: str
 ) -> None:
-    """Train and write the record, anew after each rule, so that an interruption costs one rule."""
+    """Train and write the record, anew after each run, so that an interruption costs one run.
+
+    Runs that the file holds already stay, if code, base and number of iterations were the same.
+    """
     base, digest = chain_model.load_base()
     held = TASK.held_out(256)
-    rows: list[dict[str, Any]] = [
-        {
-            "case": "base",
-            "sha256": digest,
-            "greedy": 100 * chain_model.accuracy(base, held),
-            "sampled": 100 * chain_model.accuracy(base, held, temperature=1.0),
-        }
-    ]
-    write = partial(records.write, path, sources=SOURCES, command=command, commit=commit)
+    first = {
+        "case": "base",
+        "sha256": digest,
+        "greedy": 100 * chain_model.accuracy(base, held),
+        "sampled": 100 * chain_model.accuracy(base, held, temperature=1.0),
+    }
+    runs = kept_runs(path, digest, iterations)
     for rule, seed in product(rules, seeds):
-        rows.append(run_row(rule, seed, iterations))
-        print(f"{rule}, seed {seed}: {rows[-1]['score']:.1f} %, {rows[-1]['seconds']:.0f} s", flush=True)
-        if seed == seeds[-1]:
-            write(rows)
-    if {"uniform", "random", "coupled"} <= set(rules) and len(seeds) > 1:
-        write([*rows, judged(rows)])
+        if (rule, seed) in runs:
+            continue
+        row = runs[rule, seed] = run_row(rule, seed, iterations)
+        print(f"{rule}, seed {seed}: {row['score']:.1f} %, {row['seconds']:.0f} s", flush=True)
+        rows = [runs[key] for key in sorted(runs, key=lambda key: (RULES.index(key[0]), key[1]))]
+        compared = [{seed for known, seed in runs if known == rule} for rule in ("uniform", "random", "coupled")]
+        if len(compared[0]) > 1 and compared[0] == compared[1] == compared[2]:
+            rows.append(judged(rows))
+        records.write(path, [first, *rows], sources=SOURCES, command=command, commit=commit)
+
+
+def kept_runs(path: Path, digest: str, iterations: int) -> dict[tuple[str, int], dict[str, Any]]:
+    """The runs by rule and seed that a record of the same code and base already holds."""
+    before = records.load(path.stem, path.parent)
+    if before is None or before.changed() or before.rows[0].get("sha256") != digest:
+        return {}
+    runs = [row for row in before.rows if row.get("case") == "credit" and len(row["curve"]) == iterations]
+    return {(row["impl"], row["seed"]): row for row in runs}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,7 +1,8 @@
 """The record of the chapter ``foundations/pointer-networks``.
 
 ``python -m attnlab.foundations.pointer_networks_runs --record records/pointer-networks.json`` trains what the chapter analyses, on a
-CPU in some twenty minutes; ``--size paper --device cuda`` trains at the paper's sizes. Both go on where they were interrupted.
+CPU in some twenty minutes; ``--size paper --device cuda --workers 9`` trains at the paper's sizes, all networks at the same time.
+Both go on where they were interrupted.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -179,31 +182,59 @@ def load(case: str, kind: str, seed: int = 0, folder: Path = FOLDER) -> Solver:
 
 
 def make_record(
-    path: Path, parts: Sequence[Part], *, models: Path | None, device: str, commit: str, command: str, limit_s: float
+    path: Path,
+    parts: Sequence[Part],
+    *,
+    models: Path | None,
+    device: str,
+    commit: str,
+    command: str,
+    limit_s: float = float("inf"),
+    workers: int = 1,
 ) -> bool:
     """Train what the record does not have yet; it is written after every network. Returns whether all is there.
 
     Args:
         limit_s: no network is begun after so many seconds.
+        workers: networks that are trained at the same time, each in a process of its own; 1 trains in this one.
     """
-    start = time.perf_counter()
     before = records.load(path.stem, path.parent)
     rows = [] if before is None else before.rows
+    plan = [(part, kind, seed) for part in parts for seed in part.seeds for kind in part.kinds]
+    place = {(part.case, kind, seed): at for at, (part, kind, seed) in enumerate(plan)}
     done = {(row["case"], row["impl"], row["seed"]) for row in rows}
-    for part in parts:
-        for seed in part.seeds:
-            for kind in part.kinds:
-                if (part.case, kind, seed) in done:
-                    continue
-                if time.perf_counter() - start > limit_s:
-                    print(f"stopped after {limit_s:g} s; the same command goes on from here", flush=True)
-                    return False
-                row = train_row(part, kind, seed, models, device)
-                rows.append(row)
-                records.write(path, rows, sources=SOURCES, command=command, commit=commit)
-                last = {name: round(value, 3) for name, value in row["scores"][-1].items()}
-                print(f"{part.case}, {kind}, seed {seed}: {row['seconds']:.0f} s, {last}", flush=True)
-    return True
+    todo = [(part, kind, seed, models, device) for part, kind, seed in plan if (part.case, kind, seed) not in done]
+    finished = 0
+    for row in trained(todo, limit_s, workers):
+        finished += 1
+        rows.append(row)
+        rows.sort(key=lambda row: place.get((row["case"], row["impl"], row["seed"]), len(place)))
+        records.write(path, rows, sources=SOURCES, command=command, commit=commit)
+        last = {name: round(value, 3) for name, value in row["scores"][-1].items()}
+        print(f"{row['case']}, {row['impl']}, seed {row['seed']}: {row['seconds']:.0f} s, {last}", flush=True)
+    if finished < len(todo):
+        print(f"stopped after {limit_s:g} s; the same command goes on from here", flush=True)
+    return finished == len(todo)
+
+
+def trained(todo: Sequence[tuple[Any, ...]], limit_s: float, workers: int) -> Iterator[dict[str, Any]]:
+    """The rows of :func:`train_row`, in the order in which they are finished; none is begun after ``limit_s`` seconds."""
+    start = time.perf_counter()
+    if workers == 1:
+        for arguments in todo:
+            if time.perf_counter() - start > limit_s:
+                return
+            yield train_row(*arguments)
+        return
+    context = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        running = [pool.submit(train_row, *arguments) for arguments in todo]
+        for one in as_completed(running):
+            if not one.cancelled():
+                yield one.result()
+            if time.perf_counter() - start > limit_s:
+                for waiting in running:
+                    waiting.cancel()  # those that run go on to their end
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -217,15 +248,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", choices=list(SIZES), default="cpu", help="cpu: the chapter's; paper: needs a GPU")
     parser.add_argument("--device", default="cpu", help="where the networks are trained: cpu or cuda")
     parser.add_argument("--models", type=Path, help="folder for the trained networks, such as records/models")
+    parser.add_argument("--workers", type=int, default=1, help="networks trained at the same time")
     parser.add_argument("--limit", type=float, default=float("inf"), help="begin no network after so many seconds")
     parser.add_argument("--commit", default="unknown", help="of the code that runs")
     options = parser.parse_args(arguments)
+    if options.workers < 1:
+        parser.error(f"--workers {options.workers}: at least 1")
     if options.device != "cpu" and not torch.cuda.is_available():
         parser.error(f"--device {options.device}: there is no such device here; leave it out to train on the CPU")
     command = f"{COMMAND} --record records/{options.record.name}"
     command += "".join(
         f" --{name} {value}"
-        for name, value in (("size", options.size), ("device", options.device))
+        for name, value in (("size", options.size), ("device", options.device), ("workers", options.workers))
         if value != parser.get_default(name)
     )
     command += " --models records/models" if options.models else ""
@@ -238,6 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             commit=options.commit,
             command=command,
             limit_s=options.limit,
+            workers=options.workers,
         )
 
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from attnlab.kernels.dispatch import on_gpu, rows
-from attnlab.kernels.linear_decay import WIDEST, linear_decay_attention
+from attnlab.kernels.linear_decay import WIDEST
 from attnlab.mixers import checks, flow
 
 
 def causal_flow(q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-6, clamp: float = 1.0) -> Tensor:
     """Flow attention over prefixes: two gates a token from conserved flows, around linear attention without decay.
 
-    The gates come from three passes over all chunks (`flow_gates`); what is left is `linear_decay_attention` on sigmoid features.
-    Elsewhere, and in float64, the chunked form of `attnlab.mixers.flow` runs.
+    The gates come from three passes over all chunks (`flow_gates`) and are multiplied into the features; what is left is linear
+    attention without decay (`flow_sweep`). Elsewhere, and in float64, the chunked form of `attnlab.mixers.flow` runs.
 
     Args:
         q, k: [B, T, H, K], K at most 256.
@@ -30,28 +28,24 @@ def causal_flow(q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-6, clamp: fl
         ValueError: shapes, dtypes or devices that do not fit, T = 0, a clamp that is not positive.
     """
     checks.rank("q", q, "[B, T, H, K]")
+    checks.rank("v", v, "[B, T, H, V]")
     checks.shape("k", k, tuple(q.shape), "[B, T, H, K] of q")
-    if k.dtype != q.dtype:
-        raise ValueError(f"k: dtype {k.dtype}, but q has {q.dtype}; cast one of them")
-    if q.shape[-1] > WIDEST:
-        raise ValueError(f"K={q.shape[-1]} is wider than a program can hold; use heads of at most {WIDEST} channels")
+    checks.shape("v", v, (*q.shape[:3], v.shape[3]), "[B, T, H, V] with B, T, H of q")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name}: dtype {x.dtype}, but q has {q.dtype}; cast one of them")
+        if x.device != q.device:
+            raise ValueError(f"{name}: on {x.device}, but q is on {q.device}; move one of them")
+    for name, size in (("K", q.shape[3]), ("V", v.shape[3])):
+        if size > WIDEST:
+            raise ValueError(f"{name}={size} is wider than a program can hold; use heads of at most {WIDEST} channels")
     if not clamp > 0:
         raise ValueError(f"clamp={clamp} must be positive")
     if not on_gpu("causal_flow", q):
         work = torch.float64 if q.dtype == torch.float64 else torch.float32
         out, _ = flow.causal_flow_attention(q.to(work), k.to(work), v.to(work), eps=eps, clamp=clamp)
         return out.to(v.dtype)
-    from attnlab.kernels.flow_gates import FlowGates
-    from attnlab.kernels.row_gate import RowGate
+    from attnlab.kernels.flow_sweep import CausalFlow
 
-    weight, gate, read = FlowGates.apply(rows(q), rows(k), eps, clamp)
-    v_weighted = RowGate.apply(rows(v), weight)
-    decay = _no_decay(q.shape[2], q.device)
-    out, _ = linear_decay_attention(q.sigmoid(), k.sigmoid(), v_weighted, decay, scale=1.0, return_state=False)
-    return RowGate.apply(out, gate * read)
-
-
-@functools.cache
-def _no_decay(heads: int, device: torch.device) -> Tensor:
-    """A decay of 1 for every head; kept, so that its values are checked once."""
-    return torch.zeros(heads, device=device)
+    with torch.cuda.device(q.device):
+        return CausalFlow.apply(rows(q), rows(k), rows(v), eps, clamp)

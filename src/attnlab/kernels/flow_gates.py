@@ -17,27 +17,30 @@ Backward, with a = d conserved incoming / t, b = d conserved outgoing / t, c = d
 so dphi(Q) = dA phi(K) is one product a chunk and what is carried from both sides, and again three passes suffice: sums of
 a phi(q) and b phi(k), then c and d with their sums, then the gradients. There eps, a relative 1e-6, is left out.
 
+A clamped flow has no slope, and conserved flows lie around the clamp: one that a rounding lifts over it loses its gradient. So the
+flows are summed in full float32 whatever the inputs are; products of half-precision features cost dk 2 percent.
+
 Numbers a token are laid out as [B, H, T] here, vectors a chunk as [B, H, chunks, K].
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from attnlab.kernels.dispatch import cdiv, dot_precision, padded
 from attnlab.kernels.launch import remembered
 
 CHUNK = 64
+EXACT = "tf32x3"  # three TF32 products keep what float32 holds
 
 
 @triton.jit
-def _place(T, H, C: tl.constexpr):
+def place(T, H, C: tl.constexpr):
     """Batch row, head, tokens [C], where these stand in [B, H, T], and the number of the chunk in [B, H, chunks]."""
     chunks = tl.cdiv(T, C)
     i_h = tl.program_id(0) % H  # neighbours share rows of q and k
@@ -48,7 +51,7 @@ def _place(T, H, C: tl.constexpr):
 
 
 @triton.jit
-def _features(q_ptr, k_ptr, i_b, i_h, t, T, q_b, q_t, q_h, k_b, k_t, k_h, K: tl.constexpr, BK: tl.constexpr):
+def features(q_ptr, k_ptr, i_b, i_h, t, T, q_b, q_t, q_h, k_b, k_t, k_h, K: tl.constexpr, BK: tl.constexpr):
     """phi(q), phi(k) [C, K], 0 past the end, and the mask of what exists."""
     ks = tl.arange(0, BK)
     wide = (t < T)[:, None] & (ks < K)[None, :]
@@ -72,10 +75,9 @@ def _total(ptr, x, weight, chunk, K: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def _products(q, k, q_ptr, DOT: tl.constexpr):
-    """A = phi(Q) phi(K)^T [C, C], in the precision of the inputs, and its two triangles: what sinks get, what sources gave."""
-    dtype = q_ptr.dtype.element_ty
-    a = tl.dot(q.to(dtype), tl.trans(k.to(dtype)), input_precision=DOT)
+def _products(q, k, DOT: tl.constexpr):
+    """The two triangles of A = phi(Q) phi(K)^T [C, C]: what sinks get, what sources gave."""
+    a = tl.dot(q, tl.trans(k), input_precision=DOT)
     rows, columns = tl.arange(0, a.shape[0])[:, None], tl.arange(0, a.shape[0])[None, :]
     return tl.where(rows >= columns, a, 0.0), tl.where(rows <= columns, a, 0.0)
 
@@ -93,8 +95,8 @@ def _sums(
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """Sums of phi(q) and phi(k) over every chunk, or of a phi(q) and b phi(k)."""
-    i_b, i_h, t, at, chunk = _place(T, H, C)
-    q, k, _ = _features(q_ptr, k_ptr, i_b, i_h, t, T, q_b, q_t, q_h, k_b, k_t, k_h, K, BK)
+    i_b, i_h, t, at, chunk = place(T, H, C)
+    q, k, _ = features(q_ptr, k_ptr, i_b, i_h, t, T, q_b, q_t, q_h, k_b, k_t, k_h, K, BK)
     a = tl.load(a_ptr + at, mask=t < T, other=0.0) if WEIGHTED else tl.full([C], 1.0, tl.float32)
     b = tl.load(b_ptr + at, mask=t < T, other=0.0) if WEIGHTED else tl.full([C], 1.0, tl.float32)
     _total(sum_q_ptr, q, a, chunk, K, BK)
@@ -108,9 +110,9 @@ def _flows(
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Incoming and outgoing flows, and sums of phi(q) / incoming and phi(k) / outgoing over every chunk."""
-    i_b, i_h, t, at, chunk = _place(T, H, C)
-    q, k, wide = _features(q_ptr, k_ptr, i_b, i_h, t, T, q_b, q_t, q_h, k_b, k_t, k_h, K, BK)
-    low, up = _products(q, k, q_ptr, DOT)
+    i_b, i_h, t, at, chunk = place(T, H, C)
+    q, k, wide = features(q_ptr, k_ptr, i_b, i_h, t, T, q_b, q_t, q_h, k_b, k_t, k_h, K, BK)
+    low, up = _products(q, k, DOT)
     q_eps, k_eps = tl.where(wide, q + eps, 0.0), tl.where(wide, k + eps, 0.0)
     all_q, all_k = _vector(all_q_ptr, chunk, K, BK), _vector(all_k_ptr, chunk, K, BK)
     n = (t + 1).to(tl.float32)
@@ -129,9 +131,9 @@ def _conserved(
     T, H, q_b, q_t, q_h, k_b, k_t, k_h, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Conserved incoming and outgoing flows."""
-    i_b, i_h, t, at, chunk = _place(T, H, C)
-    q, k, wide = _features(q_ptr, k_ptr, i_b, i_h, t, T, q_b, q_t, q_h, k_b, k_t, k_h, K, BK)
-    low, up = _products(q, k, q_ptr, DOT)
+    i_b, i_h, t, at, chunk = place(T, H, C)
+    q, k, wide = features(q_ptr, k_ptr, i_b, i_h, t, T, q_b, q_t, q_h, k_b, k_t, k_h, K, BK)
+    low, up = _products(q, k, DOT)
     q_eps, k_eps = tl.where(wide, q + eps, 0.0), tl.where(wide, k + eps, 0.0)
     fixed_q, fixed_k = _vector(fixed_q_ptr, chunk, K, BK), _vector(fixed_k_ptr, chunk, K, BK)
     per_in, per_out = _inverse(in_ptr, at, t < T), _inverse(out_ptr, at, t < T)
@@ -149,9 +151,9 @@ def _flows_back(
     T, H, q_b, q_t, q_h, k_b, k_t, k_h, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """c and d, and sums of c phi(q) and d phi(k) over every chunk."""
-    i_b, i_h, t, at, chunk = _place(T, H, C)
-    q, k, _ = _features(q_ptr, k_ptr, i_b, i_h, t, T, q_b, q_t, q_h, k_b, k_t, k_h, K, BK)
-    low, up = _products(q, k, q_ptr, DOT)
+    i_b, i_h, t, at, chunk = place(T, H, C)
+    q, k, _ = features(q_ptr, k_ptr, i_b, i_h, t, T, q_b, q_t, q_h, k_b, k_t, k_h, K, BK)
+    low, up = _products(q, k, DOT)
     per_in, per_out = _inverse(in_ptr, at, t < T), _inverse(out_ptr, at, t < T)
     a = tl.load(a_ptr + at, mask=t < T, other=0.0)
     b = tl.load(b_ptr + at, mask=t < T, other=0.0)
@@ -171,12 +173,13 @@ def _flows_back(
 @triton.jit
 def _gradients(
     q_ptr, k_ptr, in_ptr, out_ptr, a_ptr, b_ptr, c_ptr, d_ptr,
-    all_q_ptr, all_k_ptr, fixed_q_ptr, fixed_k_ptr, a_q_ptr, b_k_ptr, c_q_ptr, d_k_ptr, dq_ptr, dk_ptr,
+    all_q_ptr, all_k_ptr, fixed_q_ptr, fixed_k_ptr, a_q_ptr, b_k_ptr, c_q_ptr, d_k_ptr,
+    read_ptr, weight_ptr, dq_ptr, dk_ptr,
     T, H, q_b, q_t, q_h, k_b, k_t, k_h, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """dq and dk [B, T, H, K], with the slope of the sigmoid."""
-    i_b, i_h, t, at, chunk = _place(T, H, C)
-    q, k, wide = _features(q_ptr, k_ptr, i_b, i_h, t, T, q_b, q_t, q_h, k_b, k_t, k_h, K, BK)
+    """dq and dk [B, T, H, K]: dq_ptr and dk_ptr come with the gradients of read phi(q) and weight phi(k), and are overwritten."""
+    i_b, i_h, t, at, chunk = place(T, H, C)
+    q, k, wide = features(q_ptr, k_ptr, i_b, i_h, t, T, q_b, q_t, q_h, k_b, k_t, k_h, K, BK)
     per_in, per_out = _inverse(in_ptr, at, t < T), _inverse(out_ptr, at, t < T)
     a = tl.load(a_ptr + at, mask=t < T, other=0.0)
     b = tl.load(b_ptr + at, mask=t < T, other=0.0)
@@ -200,55 +203,79 @@ def _gradients(
     )
     dk += per_out[:, None] * _vector(a_q_ptr, chunk, K, BK)[None, :] + _vector(c_q_ptr, chunk, K, BK)[None, :]
     rows = ((i_b * T + t) * H + i_h)[:, None] * K + tl.arange(0, BK)[None, :]
+    read = tl.load(read_ptr + at, mask=t < T, other=0.0)
+    weight = tl.load(weight_ptr + at, mask=t < T, other=0.0)
+    dq += read[:, None] * tl.load(dq_ptr + rows, mask=wide, other=0.0).to(tl.float32)
+    dk += weight[:, None] * tl.load(dk_ptr + rows, mask=wide, other=0.0).to(tl.float32)
     tl.store(dq_ptr + rows, (dq * q * (1 - q)).to(dq_ptr.dtype.element_ty), mask=wide)
     tl.store(dk_ptr + rows, (dk * k * (1 - k)).to(dk_ptr.dtype.element_ty), mask=wide)
 
 
-class FlowGates(torch.autograd.Function):
-    """Competition weight of every source, allocation gate of every sink, and 1 / (t incoming): three times [B, T, H], float32."""
+class Gates(NamedTuple):
+    """What the kernels make of q and k; numbers a token [B, H, T] and vectors a chunk [2, B, H, chunks, K], float32.
 
-    @staticmethod
-    def forward(ctx: Any, q, k, eps, clamp):
-        incoming, outgoing, conserved_in, conserved_out = _tokens(4, q)
-        grid, sizes, shape, dot = _launch(q, k)
-        sums = _chunks(2, q)
-        _sums[grid](q, k, None, None, *sums, *sizes, **shape, WEIGHTED=False)
-        everything = _before(sums)
-        sums = _chunks(2, q)
-        _flows[grid](q, k, *everything, incoming, outgoing, *sums, eps, *sizes, **shape, DOT=dot)
-        fixed = _before(sums)
-        _conserved[grid](q, k, *fixed, incoming, outgoing, conserved_in, conserved_out, eps, *sizes, **shape, DOT=dot)
-        strength = conserved_out.clamp(-clamp, clamp).exp()
-        n = _positions(q)
-        weight, gate = n * strength / strength.cumsum(-1), conserved_in.sigmoid()
-        ctx.save_for_backward(q, k, everything, fixed, weight, gate, incoming, outgoing, conserved_out, strength)
-        ctx.clamp = clamp
-        return tuple(x.transpose(1, 2) for x in (weight, gate, 1.0 / (n * incoming)))
+    Attributes:
+        weight: of every source, t exp(o_t) / sum_{s <= t} exp(o_s) with o the clamped conserved outgoing flow.
+        gate: of every sink, the sigmoid of its conserved incoming flow.
+        incoming, outgoing, conserved_out, strength: flows, and exp(o).
+        everything, fixed: what earlier chunks sum to, of phi(q) and phi(k), and of these over their flow.
+    """
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_weight, d_gate, d_read):
-        q, k, everything, fixed, weight, gate, incoming, outgoing, conserved_out, strength = ctx.saved_tensors
-        d_weight, d_gate, d_read = (x.transpose(1, 2).contiguous() for x in (d_weight, d_gate, d_read))
-        n = _positions(q)
-        a = d_gate * gate * (1 - gate) / n
-        # weight_t = t e_t / S_t, and e_t is in every later S
-        later = (d_weight * weight / strength.cumsum(-1)).flip(-1).cumsum(-1).flip(-1)
-        slope = (conserved_out.abs() < ctx.clamp) / n  # a clamped flow has none
-        b = (d_weight * weight - strength * later) * slope
-        c, d = _tokens(2, q)
-        grid, sizes, shape, dot = _launch(q, k)
-        sums = _chunks(2, q)
-        _sums[grid](q, k, a, b, *sums, *sizes, **shape, WEIGHTED=True)
-        by_ab = _after(sums)
-        sums = _chunks(2, q)
-        flows = (q, k, incoming, outgoing, a, b)
-        _flows_back[grid](*flows, d_read, *by_ab, c, d, *sums, *sizes, **shape, DOT=dot)
-        by_cd = _after(sums)
-        dq = q.new_empty(q.shape)
-        dk = k.new_empty(k.shape)
-        _gradients[grid](*flows, c, d, *everything, *fixed, *by_ab, *by_cd, dq, dk, *sizes, **shape, DOT=dot)
-        return dq, dk, None, None
+    weight: Tensor
+    gate: Tensor
+    incoming: Tensor
+    outgoing: Tensor
+    conserved_out: Tensor
+    strength: Tensor
+    everything: Tensor
+    fixed: Tensor
+
+
+def flow_gates(q: Tensor, k: Tensor, eps: float, clamp: float) -> Gates:
+    """The gates of q and k [B, T, H, K], in three passes over all chunks."""
+    incoming, outgoing, conserved_in, conserved_out = _tokens(4, q)
+    grid, sizes, shape = launch(q, k)
+    sums = _chunks(2, q)
+    _sums[grid](q, k, None, None, *sums, *sizes, **shape, WEIGHTED=False)
+    everything = _before(sums)
+    sums = _chunks(2, q)
+    _flows[grid](q, k, *everything, incoming, outgoing, *sums, eps, *sizes, **shape, DOT=EXACT)
+    fixed = _before(sums)
+    _conserved[grid](q, k, *fixed, incoming, outgoing, conserved_in, conserved_out, eps, *sizes, **shape, DOT=EXACT)
+    strength = conserved_out.clamp(-clamp, clamp).exp()
+    weight = positions(q) * strength / strength.cumsum(-1)
+    return Gates(weight, conserved_in.sigmoid(), incoming, outgoing, conserved_out, strength, everything, fixed)
+
+
+def gradients(
+    q: Tensor, k: Tensor, gates: Gates, clamp: float, read: Tensor, d_weight: Tensor, d_gate: Tensor, d_inverse: Tensor,
+    d_reads: Tensor, d_writes: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dq and dk [B, T, H, K], in the memory of ``d_reads`` and ``d_writes``.
+
+    Args:
+        read: [B, H, T], what phi(q) was multiplied with; phi(k) was with ``gates.weight``.
+        d_weight, d_gate, d_inverse: [B, H, T], of the weight, the gate, and 1 / (t incoming).
+        d_reads, d_writes: [B, T, H, K], of read phi(q) and weight phi(k).
+    """
+    n, weight, strength = positions(q), gates.weight, gates.strength
+    a = d_gate * gates.gate * (1 - gates.gate) / n
+    # weight_t = t e_t / S_t, and e_t is in every later S
+    later = (d_weight * weight / strength.cumsum(-1)).flip(-1).cumsum(-1).flip(-1)
+    slope = (gates.conserved_out.abs() < clamp) / n  # a clamped flow has none
+    b = (d_weight * weight - strength * later) * slope
+    c, d = _tokens(2, q)
+    grid, sizes, shape = launch(q, k)
+    dot = dot_precision(q)
+    sums = _chunks(2, q)
+    _sums[grid](q, k, a, b, *sums, *sizes, **shape, WEIGHTED=True)
+    by_ab = _after(sums)
+    sums = _chunks(2, q)
+    flows = (q, k, gates.incoming, gates.outgoing, a, b)
+    _flows_back[grid](*flows, d_inverse, *by_ab, c, d, *sums, *sizes, **shape, DOT=dot)
+    carried = (*gates.everything, *gates.fixed, *by_ab, *_after(sums))
+    _gradients[grid](*flows, c, d, *carried, read, weight, d_reads, d_writes, *sizes, **shape, DOT=dot)
+    return d_reads, d_writes
 
 
 def _tokens(count: int, q: Tensor) -> Tensor:
@@ -271,25 +298,14 @@ def _after(sums: Tensor) -> Tensor:
     return _before(sums.flip(-2)).flip(-2)
 
 
-def _positions(q: Tensor) -> Tensor:
+def positions(q: Tensor) -> Tensor:
     """1, 2, ..., T."""
     return torch.arange(1, q.shape[1] + 1, device=q.device, dtype=torch.float32)
 
 
-def _launch(q: Tensor, k: Tensor) -> tuple[tuple[int], tuple[int, ...], dict[str, Any], str]:
-    """Grid, sizes, compile-time arguments and precision that the kernels share: one program a (sequence, head, chunk)."""
+def launch(q: Tensor, k: Tensor) -> tuple[tuple[int], tuple[int, ...], dict[str, int]]:
+    """Grid, sizes and compile-time arguments that the kernels share: one program a (sequence, head, chunk)."""
     batch, length, heads, width = q.shape
-    shape = {
-        "K": width,
-        "BK": padded(width),
-        "C": CHUNK,
-        "num_warps": 4 if width <= 64 else 8,
-        "num_stages": 1,
-    }
+    shape = {"K": width, "BK": padded(width), "C": CHUNK, "num_warps": 4 if width <= 64 else 8, "num_stages": 1}
     grid = (batch * heads * cdiv(length, CHUNK),)
-    return (
-        grid,
-        (length, heads, *q.stride()[:3], *k.stride()[:3]),
-        shape,
-        dot_precision(q),
-    )
+    return grid, (length, heads, *q.stride()[:3], *k.stride()[:3]), shape
