@@ -255,7 +255,7 @@ def test_a_record_is_written_with_what_it_ran(tmp_path: Path, monkeypatch: pytes
     runs.main(["--record", str(path), *chosen[:4], "local", *chosen[4:], "--commit", "later"])
     again = records.load("preplan-anchor", tmp_path)
     assert again is not None
-    assert again.rows[:7] == record.rows[:7], "runs that are there were made anew"
+    assert again.rows[:5] + again.rows[7:9] == record.rows[:7], "runs that are there were made anew"
     assert [row.get("impl") for row in again.rows[5:]] == ["local", "local", "coupled", "coupled", None]
 
 

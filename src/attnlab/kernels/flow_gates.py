@@ -25,7 +25,7 @@ Numbers a token are laid out as [B, H, T] here, vectors a chunk as [B, H, chunks
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
