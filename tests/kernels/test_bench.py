@@ -307,16 +307,31 @@ def test_a_stopped_record_goes_on(finished, tmp_path):
         == 0
     )
     record = json.loads((tmp_path / "o.json").read_text())
-    assert record["rows"][: len(kept)] == kept
+    assert record["rows"][: len(kept)] == [{"commit": whole["commit"]} | row for row in kept]
     assert {row["operator"] for row in record["rows"][len(kept) :]} == {"scalar_gated"}
     assert len(record["rows"]) == len(whole["rows"])
     assert record["command"].count("attnlab.kernels.bench") == 2
 
 
+def test_an_operator_whose_code_changed_is_measured_anew(finished, tmp_path):
+    whole, _ = finished
+    first = tmp_path / "first.json"
+    old = whole["sources"] | {"kernels/flow_gates.py": "other"}
+    first.write_text(json.dumps(whole | {"sources": old, "commit": "older"}))
+    assert main(["--operators", "causal_flow", "--resume", str(first), "--out", str(tmp_path / "o.json")]) == 0
+    rows = json.loads((tmp_path / "o.json").read_text())["rows"]
+    assert len(rows) == len(whole["rows"])
+    assert {row["operator"] for row in rows if "commit" not in row} == {"causal_flow"}
+    assert {row["operator"] for row in rows if row.get("commit") == "older"} == set(report.SOURCES_OF) - {"causal_flow"}
+
+
+def test_every_operator_tells_what_it_depends_on():
+    assert set(report.SOURCES_OF) == set(OPERATORS)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sources": {}}, "other sources"),
         ({"versions": {}}, "other versions"),
         ({"machine": {"gpu": "X"}}, "made on X"),
     ],

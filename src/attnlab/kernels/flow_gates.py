@@ -1,31 +1,32 @@
 """Triton kernels for the two gates of causal flow attention (Flowformer, Wu et al. 2022, arXiv:2202.06258).
 
-Every flow of token t is a sum over tokens up to t of products phi(q_i) . phi(k_j). So inside a chunk one matrix
-A = phi(Q) phi(K)^T holds them all, and the four flows are sums over its two triangles, plus what earlier chunks carry:
+Every flow of token t is one feature vector times a running sum of others, with phi = sigmoid:
 
-    incoming_i  = sum_{j <= i} A_ij / i            conserved incoming_i  = sum_{j <= i} A_ij / outgoing_j / i
-    outgoing_j  = sum_{i <= j} A_ij / j            conserved outgoing_j  = sum_{i <= j} A_ij / incoming_i / j
+    t incoming_t = phi(q_t) . sum_{j <= t} phi(k_j)        t conserved incoming_t = phi(q_t) . sum_{j <= t} phi(k_j) / outgoing_j
+    t outgoing_t = phi(k_t) . sum_{i <= t} phi(q_i)        t conserved outgoing_t = phi(k_t) . sum_{i <= t} phi(q_i) / incoming_i
 
-What is carried are four vectors of K channels: sums of phi(q), phi(k), phi(q) / incoming and phi(k) / outgoing. A first pass sums
-the first two over every chunk, a second needs their running sums and sums the last two, a third needs those. In a pass all chunks
-run at once; running sums over chunks are small. eps = 1e-6 stands in both factors as in `attnlab.mixers.flow`.
+Inside a chunk running sums are one product with a triangle of ones, :func:`_running`; what is carried are four vectors of K channels:
+sums of phi(q), phi(k), phi(q) / incoming and phi(k) / outgoing. A first pass sums the first two over every chunk, a second needs
+their running sums and sums the last two, a third needs those. In a pass all chunks run at once; running sums over chunks are small.
+eps = 1e-6 stands in both factors as in `attnlab.mixers.flow`.
 
-Backward, with a = d conserved incoming / t, b = d conserved outgoing / t, c = d incoming / t and d = d outgoing / t:
+A clamped flow has no slope, and conserved flows lie around the clamp: one that a rounding lifts over it loses its gradient. So the
+sums are those of float32 whatever the inputs are; products of half-precision features cost dk 2 percent.
+
+Backward, with a = d conserved incoming / t, b = d conserved outgoing / t, c = d incoming / t and d = d outgoing / t, and
+A = phi(Q) phi(K)^T inside a chunk:
 
     dA_ij = a_i / outgoing_j + c_i  (j <= i)   +   b_j / incoming_i + d_j  (i <= j)
 
 so dphi(Q) = dA phi(K) is one product a chunk and what is carried from both sides, and again three passes suffice: sums of
 a phi(q) and b phi(k), then c and d with their sums, then the gradients. There eps, a relative 1e-6, is left out.
 
-A clamped flow has no slope, and conserved flows lie around the clamp: one that a rounding lifts over it loses its gradient. So the
-flows are summed in full float32 whatever the inputs are; products of half-precision features cost dk 2 percent.
-
 Numbers a token are laid out as [B, H, T] here, vectors a chunk as [B, H, chunks, K].
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -36,7 +37,6 @@ from attnlab.kernels.dispatch import cdiv, dot_precision, padded
 from attnlab.kernels.launch import remembered
 
 CHUNK = 64
-EXACT = "tf32x3"  # three TF32 products keep what float32 holds
 
 
 @triton.jit
@@ -75,11 +75,23 @@ def _total(ptr, x, weight, chunk, K: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def _products(q, k, DOT: tl.constexpr):
-    """The two triangles of A = phi(Q) phi(K)^T [C, C]: what sinks get, what sources gave."""
-    a = tl.dot(q, tl.trans(k), input_precision=DOT)
-    rows, columns = tl.arange(0, a.shape[0])[:, None], tl.arange(0, a.shape[0])[None, :]
-    return tl.where(rows >= columns, a, 0.0), tl.where(rows <= columns, a, 0.0)
+def _running(x, PART: tl.constexpr, PARTS: tl.constexpr, REVERSE: tl.constexpr):
+    """Sums of x [C, K] over the tokens up to each, or from each on: a triangle of ones times x.
+
+    Tensor cores multiply numbers of few digits exactly, so x comes as a sum of ``PARTS`` of them: what a part leaves is the next.
+    """
+    rows, columns = tl.arange(0, x.shape[0])[:, None], tl.arange(0, x.shape[0])[None, :]
+    if REVERSE:
+        ones = tl.where(rows <= columns, 1.0, 0.0).to(PART)
+    else:
+        ones = tl.where(rows >= columns, 1.0, 0.0).to(PART)
+    part = x.to(PART)
+    total = tl.dot(ones, part)
+    for _ in tl.static_range(PARTS - 1):
+        x -= part.to(tl.float32)
+        part = x.to(PART)
+        total = tl.dot(ones, part, total)
+    return total
 
 
 @triton.jit
@@ -107,60 +119,60 @@ def _sums(
 @triton.jit
 def _flows(
     q_ptr, k_ptr, all_q_ptr, all_k_ptr, in_ptr, out_ptr, sum_q_ptr, sum_k_ptr, eps, T, H, q_b, q_t, q_h, k_b, k_t, k_h,
-    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Incoming and outgoing flows, and sums of phi(q) / incoming and phi(k) / outgoing over every chunk."""
     i_b, i_h, t, at, chunk = place(T, H, C)
     q, k, wide = features(q_ptr, k_ptr, i_b, i_h, t, T, q_b, q_t, q_h, k_b, k_t, k_h, K, BK)
-    low, up = _products(q, k, DOT)
     q_eps, k_eps = tl.where(wide, q + eps, 0.0), tl.where(wide, k + eps, 0.0)
     all_q, all_k = _vector(all_q_ptr, chunk, K, BK), _vector(all_k_ptr, chunk, K, BK)
     n = (t + 1).to(tl.float32)
-    incoming = tl.sum(low, 1) + eps * tl.cumsum(tl.sum(k, 1), 0) + tl.sum(q_eps * (all_k + eps)[None, :], 1)
-    outgoing = tl.sum(up, 0) + eps * tl.cumsum(tl.sum(q, 1), 0) + tl.sum(k_eps * (all_q + eps)[None, :], 1)
+    incoming = tl.sum(q_eps * (_running(k, PART, PARTS, False) + (all_k + eps)[None, :]), 1)
+    outgoing = tl.sum(k_eps * (_running(q, PART, PARTS, False) + (all_q + eps)[None, :]), 1)
     tl.store(in_ptr + at, incoming / n, mask=t < T)
     tl.store(out_ptr + at, outgoing / n, mask=t < T)
-    _total(sum_q_ptr, q, tl.where(t < T, n / incoming, 0.0), chunk, K, BK)
-    _total(sum_k_ptr, k, tl.where(t < T, n / outgoing, 0.0), chunk, K, BK)
+    _total(sum_q_ptr, q, n / tl.where(t < T, incoming, 1.0), chunk, K, BK)
+    _total(sum_k_ptr, k, n / tl.where(t < T, outgoing, 1.0), chunk, K, BK)
 
 
 @remembered
 @triton.jit
 def _conserved(
     q_ptr, k_ptr, fixed_q_ptr, fixed_k_ptr, in_ptr, out_ptr, conserved_in_ptr, conserved_out_ptr, eps,
-    T, H, q_b, q_t, q_h, k_b, k_t, k_h, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
+    T, H, q_b, q_t, q_h, k_b, k_t, k_h,
+    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Conserved incoming and outgoing flows."""
     i_b, i_h, t, at, chunk = place(T, H, C)
     q, k, wide = features(q_ptr, k_ptr, i_b, i_h, t, T, q_b, q_t, q_h, k_b, k_t, k_h, K, BK)
-    low, up = _products(q, k, DOT)
     q_eps, k_eps = tl.where(wide, q + eps, 0.0), tl.where(wide, k + eps, 0.0)
     fixed_q, fixed_k = _vector(fixed_q_ptr, chunk, K, BK), _vector(fixed_k_ptr, chunk, K, BK)
     per_in, per_out = _inverse(in_ptr, at, t < T), _inverse(out_ptr, at, t < T)
     n = (t + 1).to(tl.float32)
-    gets = tl.sum(low * per_out[None, :], 1) + eps * tl.cumsum(tl.sum(k, 1) * per_out, 0)
-    gave = tl.sum(up * per_in[:, None], 0) + eps * tl.cumsum(tl.sum(q, 1) * per_in, 0)
-    tl.store(conserved_in_ptr + at, (gets + tl.sum(q_eps * (fixed_k + eps)[None, :], 1)) / n, mask=t < T)
-    tl.store(conserved_out_ptr + at, (gave + tl.sum(k_eps * (fixed_q + eps)[None, :], 1)) / n, mask=t < T)
+    gets = tl.sum(q_eps * (_running(k * per_out[:, None], PART, PARTS, False) + (fixed_k + eps)[None, :]), 1)
+    gave = tl.sum(k_eps * (_running(q * per_in[:, None], PART, PARTS, False) + (fixed_q + eps)[None, :]), 1)
+    tl.store(conserved_in_ptr + at, gets / n, mask=t < T)
+    tl.store(conserved_out_ptr + at, gave / n, mask=t < T)
 
 
 @remembered
 @triton.jit
 def _flows_back(
     q_ptr, k_ptr, in_ptr, out_ptr, a_ptr, b_ptr, d_read_ptr, a_q_ptr, b_k_ptr, c_ptr, d_ptr, sum_q_ptr, sum_k_ptr,
-    T, H, q_b, q_t, q_h, k_b, k_t, k_h, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
+    T, H, q_b, q_t, q_h, k_b, k_t, k_h,
+    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """c and d, and sums of c phi(q) and d phi(k) over every chunk."""
     i_b, i_h, t, at, chunk = place(T, H, C)
     q, k, _ = features(q_ptr, k_ptr, i_b, i_h, t, T, q_b, q_t, q_h, k_b, k_t, k_h, K, BK)
-    low, up = _products(q, k, DOT)
     per_in, per_out = _inverse(in_ptr, at, t < T), _inverse(out_ptr, at, t < T)
     a = tl.load(a_ptr + at, mask=t < T, other=0.0)
     b = tl.load(b_ptr + at, mask=t < T, other=0.0)
     d_read = tl.load(d_read_ptr + at, mask=t < T, other=0.0)
     n = (t + 1).to(tl.float32)
-    d_per_out = tl.sum(low * a[:, None], 0) + tl.sum(k * _vector(a_q_ptr, chunk, K, BK)[None, :], 1)
-    d_per_in = tl.sum(up * b[None, :], 1) + tl.sum(q * _vector(b_k_ptr, chunk, K, BK)[None, :], 1) + d_read / n
+    later_q, later_k = _vector(a_q_ptr, chunk, K, BK), _vector(b_k_ptr, chunk, K, BK)
+    d_per_out = tl.sum(k * (_running(q * a[:, None], PART, PARTS, True) + later_q[None, :]), 1)
+    d_per_in = tl.sum(q * (_running(k * b[:, None], PART, PARTS, True) + later_k[None, :]), 1) + d_read / n
     c = -per_in * per_in * d_per_in / n
     d = -per_out * per_out * d_per_out / n
     tl.store(c_ptr + at, c, mask=t < T)
@@ -174,8 +186,8 @@ def _flows_back(
 def _gradients(
     q_ptr, k_ptr, in_ptr, out_ptr, a_ptr, b_ptr, c_ptr, d_ptr,
     all_q_ptr, all_k_ptr, fixed_q_ptr, fixed_k_ptr, a_q_ptr, b_k_ptr, c_q_ptr, d_k_ptr,
-    read_ptr, weight_ptr, dq_ptr, dk_ptr,
-    T, H, q_b, q_t, q_h, k_b, k_t, k_h, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
+    read_ptr, weight_ptr, dq_ptr, dk_ptr, T, H, q_b, q_t, q_h, k_b, k_t, k_h,
+    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, FACTOR: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """dq and dk [B, T, H, K]: dq_ptr and dk_ptr come with the gradients of read phi(q) and weight phi(k), and are overwritten."""
     i_b, i_h, t, at, chunk = place(T, H, C)
@@ -190,13 +202,14 @@ def _gradients(
         cs[:, None] >= cs[None, :], a[:, None] * per_out[None, :] + c[:, None], 0.0
     )  # sinks down, sources across
     da += tl.where(cs[:, None] <= cs[None, :], b[None, :] * per_in[:, None] + d[None, :], 0.0)
-    dq = tl.dot(da, k, input_precision=DOT)
+    da = da.to(FACTOR)
+    dq = tl.dot(da, k.to(FACTOR), input_precision=DOT)
     dq += (
         a[:, None] * _vector(fixed_k_ptr, chunk, K, BK)[None, :]
         + c[:, None] * _vector(all_k_ptr, chunk, K, BK)[None, :]
     )
     dq += per_in[:, None] * _vector(b_k_ptr, chunk, K, BK)[None, :] + _vector(d_k_ptr, chunk, K, BK)[None, :]
-    dk = tl.dot(tl.trans(da), q, input_precision=DOT)
+    dk = tl.dot(tl.trans(da), q.to(FACTOR), input_precision=DOT)
     dk += (
         b[:, None] * _vector(fixed_q_ptr, chunk, K, BK)[None, :]
         + d[:, None] * _vector(all_q_ptr, chunk, K, BK)[None, :]
@@ -239,9 +252,10 @@ def flow_gates(q: Tensor, k: Tensor, eps: float, clamp: float) -> Gates:
     _sums[grid](q, k, None, None, *sums, *sizes, **shape, WEIGHTED=False)
     everything = _before(sums)
     sums = _chunks(2, q)
-    _flows[grid](q, k, *everything, incoming, outgoing, *sums, eps, *sizes, **shape, DOT=EXACT)
+    _flows[grid](q, k, *everything, incoming, outgoing, *sums, eps, *sizes, **shape, **_parts(q))
     fixed = _before(sums)
-    _conserved[grid](q, k, *fixed, incoming, outgoing, conserved_in, conserved_out, eps, *sizes, **shape, DOT=EXACT)
+    flows = (incoming, outgoing, conserved_in, conserved_out)
+    _conserved[grid](q, k, *fixed, *flows, eps, *sizes, **shape, **_parts(q))
     strength = conserved_out.clamp(-clamp, clamp).exp()
     weight = positions(q) * strength / strength.cumsum(-1)
     return Gates(weight, conserved_in.sigmoid(), incoming, outgoing, conserved_out, strength, everything, fixed)
@@ -266,15 +280,16 @@ def gradients(
     b = (d_weight * weight - strength * later) * slope
     c, d = _tokens(2, q)
     grid, sizes, shape = launch(q, k)
-    dot = dot_precision(q)
     sums = _chunks(2, q)
     _sums[grid](q, k, a, b, *sums, *sizes, **shape, WEIGHTED=True)
     by_ab = _after(sums)
     sums = _chunks(2, q)
     flows = (q, k, gates.incoming, gates.outgoing, a, b)
-    _flows_back[grid](*flows, d_inverse, *by_ab, c, d, *sums, *sizes, **shape, DOT=dot)
+    _flows_back[grid](*flows, d_inverse, *by_ab, c, d, *sums, *sizes, **shape, **_parts(q))
     carried = (*gates.everything, *gates.fixed, *by_ab, *_after(sums))
-    _gradients[grid](*flows, c, d, *carried, read, weight, d_reads, d_writes, *sizes, **shape, DOT=dot)
+    factor = tl.bfloat16 if q.dtype == torch.bfloat16 and q.is_cuda else tl.float32
+    outputs = (read, weight, d_reads, d_writes)
+    _gradients[grid](*flows, c, d, *carried, *outputs, *sizes, **shape, FACTOR=factor, DOT=dot_precision(q))
     return d_reads, d_writes
 
 
@@ -296,6 +311,13 @@ def _before(sums: Tensor) -> Tensor:
 def _after(sums: Tensor) -> Tensor:
     """The same for all later chunks."""
     return _before(sums.flip(-2)).flip(-2)
+
+
+def _parts(q: Tensor) -> dict[str, Any]:
+    """How sums inside a chunk are split: into bfloat16, two for 16 digits, three for all of float32. (The interpreter's is wrong.)"""
+    if not q.is_cuda:
+        return {"PART": tl.float32, "PARTS": 1}
+    return {"PART": tl.bfloat16, "PARTS": 3 if q.dtype == torch.float32 else 2}
 
 
 def positions(q: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="16 heads of 128 channels at 1k and 64k tokens only")
     parser.add_argument("--budget", type=float, default=280.0, metavar="SECONDS", help="start nothing new after that")
     parser.add_argument("--resume", type=Path, metavar="RECORD", help="go on with a record that a budget stopped, of the same "
-                        "code, machine and versions")  # fmt: skip
+                        "machine and versions; operators whose code changed since are measured anew")  # fmt: skip
     parser.add_argument("--commit", help="what the code is, where there is no repository to ask")
     parser.add_argument(
         "--out", type=Path, default=Path("records/linear-kernels-h200.json"), help="default: %(default)s"

@@ -23,19 +23,18 @@ SETTINGS = {
     "FLA_DISABLE_BACKEND_DISPATCH": "1",
     "FLA_TILELANG": "0",
 }  # hold flash-linear-attention to its Triton kernels
-SOURCES = tuple(
-    f"kernels/{name}.py"
-    for name in (
-        "aaren_scan",
-        "causal_flow",
-        "decay_gradient",
-        "decay_sweep",
-        "dispatch",
-        "flow_gates",
-        "linear_decay",
-        "prefix_softmax",
-    )
-)
+_SWEEPS = ("decay_gradient", "decay_sweep", "dispatch", "linear_decay")
+#: what an operator's rows depend on
+SOURCES_OF = {
+    operator: tuple(f"kernels/{name}.py" for name in names)
+    for operator, names in {
+        "linear_decay": _SWEEPS,
+        "scalar_gated": _SWEEPS,
+        "aaren_scan": ("aaren_scan", "dispatch", "prefix_softmax"),
+        "causal_flow": ("causal_flow", "decay_sweep", "dispatch", "flow_gates", "flow_sweep"),
+    }.items()
+}
+SOURCES = tuple(sorted({name for names in SOURCES_OF.values() for name in names}))
 
 
 def _in_records(arguments: Sequence[str]) -> list[str]:
@@ -73,20 +72,26 @@ def provenance(arguments: Sequence[str], commit: str | None, bandwidth: float) -
 
 
 def resumed(path: Path, record: dict[str, Any]) -> list[Row]:
-    """The rows of an earlier record, whose command `record` then names too.
+    """The rows of an earlier record that still hold, each with its commit; `record` then names the earlier command too.
+
+    Rows of an operator whose code has changed are left out, to be measured anew.
 
     Raises:
-        ValueError: a record of other code, another GPU, other versions or settings: its rows do not belong beside new ones.
+        ValueError: a record of another GPU, other versions or settings: its rows do not belong beside new ones.
     """
     earlier = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("sources", "versions", "settings"):
+    for name in ("versions", "settings"):
         if earlier[name] != record[name]:
             raise ValueError(f"--resume: {path.name} has other {name}; measure everything again")
     if earlier["machine"]["gpu"] != record["machine"]["gpu"]:
         raise ValueError(f"--resume: {path.name} was made on {earlier['machine']['gpu']}; measure everything again")
+    kept = [operator for operator, files in SOURCES_OF.items() if _same(files, earlier["sources"], record["sources"])]
     record["command"] = f"{earlier['command']}; {record['command']}"
-    rows: list[Row] = earlier["rows"]
-    return rows
+    return [{"commit": earlier["commit"]} | row for row in earlier["rows"] if row["operator"] in kept]
+
+
+def _same(files: Sequence[str], earlier: dict[str, str], now: dict[str, str]) -> bool:
+    return all(earlier.get(name) == now[name] for name in files)
 
 
 def tables(rows: Sequence[Row]) -> str:
