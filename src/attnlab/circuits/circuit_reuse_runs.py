@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--pairs {chosen.pairs} is no multiple of {len(SEEDS)}, the number of seeds")
     from attnlab.models import pretrained
 
-    model = HookedLM(pretrained.load("smollm2-135m-instruct").to(lab.device()))
+    model = HookedLM(pretrained.load("smollm2-135m-instruct", lab.device()))
     command = (
         f"python -m attnlab.circuits.circuit_reuse_runs --record records/{chosen.record.name} --pairs {chosen.pairs}"
     )

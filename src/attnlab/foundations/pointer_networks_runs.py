@@ -67,21 +67,21 @@ SIZES: dict[str, tuple[Part, ...]] = {
     "paper": (
         Part(
             "hull 5-50",
-            Setting(largest=50, width=256, layers=3, steps=20_000, batch=512),
+            Setting(largest=50, width=256, layers=3, steps=10_000, batch=512),
             (POINTER, SET),
             (0,),
             (5, 10, 50, 100, 200, 500),
         ),
         Part(
             "hull 50",
-            Setting(smallest=50, largest=50, width=256, steps=20_000, batch=512),
+            Setting(smallest=50, largest=50, width=256, steps=10_000, batch=512),
             (SOFTMAX, ATTENTION, POINTER),
             (0,),
             (50,),
         ),
         Part(
             "tour",
-            Setting("tour", width=256, layers=3, steps=20_000, batch=512, pool=100_000),
+            Setting("tour", width=256, layers=3, steps=10_000, batch=512, pool=100_000),
             (POINTER, SET),
             (0,),
             (5, 10, 12, 15, 20),
@@ -89,7 +89,7 @@ SIZES: dict[str, tuple[Part, ...]] = {
         *(
             Part(
                 f"delaunay {n}",
-                Setting("delaunay", smallest=n, largest=n, width=256, steps=20_000, batch=512, pool=500_000),
+                Setting("delaunay", smallest=n, largest=n, width=256, steps=10_000, batch=512, pool=500_000),
                 (POINTER,),
                 (0,),
                 (n,),
