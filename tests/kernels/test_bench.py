@@ -321,8 +321,8 @@ def test_an_operator_whose_code_changed_is_measured_anew(finished, tmp_path):
     assert main(["--operators", "causal_flow", "--resume", str(first), "--out", str(tmp_path / "o.json")]) == 0
     rows = json.loads((tmp_path / "o.json").read_text())["rows"]
     assert len(rows) == len(whole["rows"])
-    assert {row["operator"] for row in rows if "commit" not in row} == {"causal_flow"}
-    assert {row["operator"] for row in rows if row.get("commit") == "older"} == set(report.SOURCES_OF) - {"causal_flow"}
+    assert {(row["operator"], row["impl"]) for row in rows if "commit" not in row} == {("causal_flow", "attnlab")}
+    assert {row["commit"] for row in rows if "commit" in row} == {"older"}
 
 
 def test_every_operator_tells_what_it_depends_on():

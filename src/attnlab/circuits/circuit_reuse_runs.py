@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -19,7 +20,7 @@ import pandas as pd
 from attnlab import lab, records
 from attnlab.circuits import tasks
 from attnlab.circuits.circuit_reuse import pooled
-from attnlab.circuits.eap import eap
+from attnlab.circuits.eap import PAIRS_AT_ONCE, eap
 from attnlab.circuits.metrics import log_odds
 from attnlab.circuits.model import HookedLM
 from attnlab.circuits.overlap import count
@@ -36,29 +37,48 @@ TASKS: dict[str, Callable[..., Pairs]] = {
 SEEDS = (0, 1, 2)
 STAGE = 6  # heads whose queries are the receivers of the second stage: about 2 percent of 270, as in the paper
 STEPS = 5  # of EAP-IG
+GPU_PAIRS_AT_ONCE = 64  # for EAP-IG; eight at a time leave a GPU waiting
 SOURCES = [f"circuits/{name}.py" for name in ("patching", "eap", "edges", "model", "metrics", "tasks", "ungroup")]
 
 
-def measure(model: HookedLM, name: str, pairs: Pairs) -> Iterator[dict[str, Any]]:
-    """One row a measurement of a task; ``scores`` gives the share of the clean-corrupt gap by head, MLPs left out."""
-    start = time.perf_counter()
+def measure(
+    model: HookedLM, name: str, pairs: Pairs, known: Mapping[str, dict[str, Any]] = MappingProxyType({})
+) -> Iterator[dict[str, Any]]:
+    """One row a measurement of a task; ``scores`` gives the share of the clean-corrupt gap by head, MLPs left out.
 
-    def row(case: str, scores: dict[str, float], **more: Any) -> dict[str, Any]:
-        nonlocal start
-        seconds, start = time.perf_counter() - start, time.perf_counter()
-        return {"case": case, "task": name, "pairs": len(pairs), "seconds": seconds, "scores": scores, **more}
+    Args:
+        known: rows by case that are there already; they are given back as they are.
+    """
 
-    direct = path_patch(model, pairs, metric=log_odds)
-    yield row("paths into the logits", by_head(direct))
-    strongest = direct.top(STAGE)
-    into = path_patch(model, pairs, None, [Receiver(node.layer, node.head or 0) for node in strongest], metric=log_odds)
-    yield row("paths into queries", by_head(into), receivers=[str(node) for node in strongest])
-    exact = activation_patch(model, pairs, metric=log_odds, positions="all")
-    yield row("exact patching, all positions", by_head(exact))
-    edges = eap(ungrouped(model), pairs, steps=STEPS, metric=log_odds)
-    nodes = edges.node_scores()
-    found = {str(head): float(nodes[edges.wiring.source(f"a{head.layer}.h{head.head}")]) for head in model.spec.heads}
-    yield row("EAP-IG", found, steps=STEPS)
+    def row(case: str, scores: Callable[[], dict[str, float]], **more: Any) -> dict[str, Any]:
+        if case in known:
+            return known[case]
+        start = time.perf_counter()
+        found = scores()
+        seconds = time.perf_counter() - start
+        return {"case": case, "task": name, "pairs": len(pairs), "seconds": seconds, "scores": found, **more}
+
+    def into_queries() -> dict[str, float]:
+        receivers = [Receiver(int(layer), int(head)) for layer, head in (head.split(".") for head in strongest)]
+        return by_head(path_patch(model, pairs, None, receivers, metric=log_odds))
+
+    def by_attribution() -> dict[str, float]:
+        at_once = PAIRS_AT_ONCE if model.device.type == "cpu" else GPU_PAIRS_AT_ONCE
+        edges = eap(ungrouped(model), pairs, steps=STEPS, metric=log_odds, batch_size=at_once)
+        nodes = edges.node_scores()
+        return {
+            str(head): float(nodes[edges.wiring.source(f"a{head.layer}.h{head.head}")]) for head in model.spec.heads
+        }
+
+    direct = row("paths into the logits", lambda: by_head(path_patch(model, pairs, metric=log_odds)))
+    yield direct
+    strongest = sorted(direct["scores"], key=lambda head: -abs(direct["scores"][head]))[:STAGE]
+    yield row("paths into queries", into_queries, receivers=strongest)
+    yield row(
+        "exact patching, all positions",
+        lambda: by_head(activation_patch(model, pairs, metric=log_odds, positions="all")),
+    )
+    yield row("EAP-IG", by_attribution, steps=STEPS)
 
 
 def by_head(scores: Scores) -> dict[str, float]:
@@ -88,27 +108,29 @@ def shared(record: records.Record, a: str, b: str, case: str, share: float = 0.1
 def write_record(path: Path, model: HookedLM, pairs: int, *, command: str, commit: str, resume: bool = False) -> None:
     """Measure the tasks on ``pairs`` pairs, an equal part from each of ``SEEDS``; the record is written after each measurement.
 
-    With ``resume`` the tasks stay that the file holds whole.
+    With ``resume`` the measurements stay that the file holds, if code and number of pairs were the same.
     """
     before = records.load(path.stem, path.parent) if resume else None
-    rows: list[dict[str, Any]] = [] if before is None else list(before.rows)
-    done = [row["task"] for row in rows if row["case"] == "EAP-IG"]
-    rows = [row for row in rows if row["task"] in done]
+    kept = [] if before is None or before.changed() else [row for row in before.rows if row["pairs"] == pairs]
+    rows: list[dict[str, Any]] = []
     for name, make in TASKS.items():
-        if name in done:
-            continue
+        known = {row["case"]: row for row in kept if row["task"] == name}
         data = pooled(make, model.tokenizer, pairs // len(SEEDS), SEEDS)
-        for row in measure(model, name, data):
+        for row in measure(model, name, data, known):
             rows.append(row)
-            print(f"{name}, {row['case']}: {row['seconds']:.0f} s", flush=True)
-            records.write(path, rows, sources=SOURCES, command=command, commit=commit)
+            if row["case"] not in known:
+                print(f"{name}, {row['case']}: {row['seconds']:.0f} s", flush=True)
+                later = [
+                    old for old in kept if (old["task"], old["case"]) not in {(x["task"], x["case"]) for x in rows}
+                ]
+                records.write(path, [*rows, *later], sources=SOURCES, command=command, commit=commit)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--record", type=Path, required=True, help="file to write")
     parser.add_argument("--pairs", type=int, default=24, help="a task; a multiple of 3 (default 24)")
-    parser.add_argument("--resume", action="store_true", help="keep the tasks that the file already holds")
+    parser.add_argument("--resume", action="store_true", help="keep the measurements that the file already holds")
     parser.add_argument("--commit", default="unknown", help="of the code that runs")
     chosen = parser.parse_args(arguments)
     if chosen.pairs < len(SEEDS) or chosen.pairs % len(SEEDS):

@@ -63,7 +63,7 @@ def force_pattern(
             forced = [i for i, group in enumerate(chosen) if group]
             plain = [i for i, group in enumerate(chosen) if not group]
             result[:, plain, batch.index.numpy()[:, None]] = _measure(model, final, batch, metrics)[:, 0, :, None]
-            for numbers in _chunks(chosen, where.numel(), forced):
+            for numbers in _chunks(chosen, where, forced):
                 starts = [_start(chosen[i]) for i in numbers]
                 target = torch.cat([_checked(targets[i](batch), batch) for i in numbers]).to(final)  # [C * B, T]
                 edits = _pattern_edits([chosen[i] for i in numbers], target, where)

@@ -22,6 +22,8 @@ from attnlab.lab import progress
 Direction = Literal["noise", "denoise"]
 #: rows x prompt tokens of one patched forward: their keys and values are held at once; larger is no faster on two cores
 TOKENS_AT_ONCE = 16384
+#: bytes of a GPU's memory for each of them, if it takes more at once: small sweeps leave it waiting for Python
+GPU_BYTES = 2**19
 
 
 def activation_patch(
@@ -91,7 +93,7 @@ def patched_parts(
         ends = (m_source - m_base).double().cpu(), m_base.double().cpu()
     if not groups:
         yield PatchedPart([], torch.empty(0, len(batch), dtype=torch.float64), *ends)
-    for numbers in _chunks(groups, where.numel(), at_once=tokens_at_once):
+    for numbers in _chunks(groups, where, at_once=tokens_at_once):
         with torch.no_grad():
             now = [groups[i] for i in numbers]
             run = model.resume(base, [_start(group) for group in now], first, _patch_edits(now, source, where))
@@ -177,7 +179,7 @@ def path_patch(
             first = int(where.any(0).nonzero()[0])
             reach = n_layers if not targets else stop - 1
             able = [i for i, group in enumerate(chosen) if group[0].layer < reach]
-            for numbers in _chunks(chosen, where.numel(), able):
+            for numbers in _chunks(chosen, where, able):
                 groups_now = [chosen[i] for i in numbers]
                 edits = _freeze_edits(base, source, where, groups_now, range(_start(groups_now[0]), n_layers), freeze)
                 capture = {receiver.component for receiver in targets}
@@ -301,11 +303,15 @@ def _start(group: Group) -> int:
 
 
 def _chunks(
-    groups: Sequence[Group], tokens_each: int, numbers: Sequence[int] | None = None, at_once: int | None = None
+    groups: Sequence[Group], where: Tensor, numbers: Sequence[int] | None = None, at_once: int | None = None
 ) -> Iterator[list[int]]:
-    """Indices of groups in the order of their start, as many at a time as one sweep may hold."""
+    """Indices of groups in the order of their start, as many at a time as one sweep over prompts like ``where`` [B, T] may hold."""
     order = sorted(range(len(groups)) if numbers is None else numbers, key=lambda number: _start(groups[number]))
-    size = max(1, (TOKENS_AT_ONCE if at_once is None else at_once) // tokens_each)
+    if at_once is None:
+        at_once = TOKENS_AT_ONCE
+        if where.is_cuda:
+            at_once = max(at_once, torch.cuda.get_device_properties(where.device).total_memory // GPU_BYTES)
+    size = max(1, at_once // where.numel())
     for begin in range(0, len(order), size):
         yield order[begin : begin + size]
 

@@ -74,7 +74,7 @@ def provenance(arguments: Sequence[str], commit: str | None, bandwidth: float) -
 def resumed(path: Path, record: dict[str, Any]) -> list[Row]:
     """The rows of an earlier record that still hold, each with its commit; `record` then names the earlier command too.
 
-    Rows of an operator whose code has changed are left out, to be measured anew.
+    Of an operator whose code has changed our rows are left out, to be measured anew; what peers took is as it was.
 
     Raises:
         ValueError: a record of another GPU, other versions or settings: its rows do not belong beside new ones.
@@ -87,7 +87,9 @@ def resumed(path: Path, record: dict[str, Any]) -> list[Row]:
         raise ValueError(f"--resume: {path.name} was made on {earlier['machine']['gpu']}; measure everything again")
     kept = [operator for operator, files in SOURCES_OF.items() if _same(files, earlier["sources"], record["sources"])]
     record["command"] = f"{earlier['command']}; {record['command']}"
-    return [{"commit": earlier["commit"]} | row for row in earlier["rows"] if row["operator"] in kept]
+    return [
+        {"commit": earlier["commit"]} | row for row in earlier["rows"] if row["operator"] in kept or row["impl"] != OURS
+    ]
 
 
 def _same(files: Sequence[str], earlier: dict[str, str], now: dict[str, str]) -> bool:
