@@ -12,7 +12,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from attnlab.kernels.flow_gates import flow_gates
+from attnlab.kernels import flow_gates as gates
+from attnlab.kernels.flow_gates import CHUNK, flow_gates
 from attnlab.kernels.flow_sweep import CausalFlow
 from attnlab.mixers.flow import causal_flow_attention
 
@@ -20,7 +21,6 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="set TRITON_INTERPRET=1 before triton is imported"
 )
 
-CHUNK = 64  # of the kernel
 FLOAT32, FLOAT16 = 1e-5, 5e-3  # relative Frobenius; measured: 2e-6 (gradients leave out eps = 1e-6) and 9e-4
 
 #: batch, length, heads, width, standard deviation of q and k, clamp
@@ -32,6 +32,7 @@ CASES = {
     "three chunks, ragged": (2, 150, 2, 20, 1.0, 1.0),
     "two full chunks, strong": (1, 2 * CHUNK, 1, 33, 3.0, 1.0),
     "a narrow clamp": (1, 100, 2, 12, 2.0, 0.9),
+    "rows so wide that chunks are halved": (1, CHUNK + 5, 1, 130, 1.0, 1.0),
     "clamp out of reach": (1, 100, 2, 12, 1.0, 10.0),
 }
 
@@ -47,9 +48,14 @@ def kernels(q, k, v, clamp):
     return CausalFlow.apply(q, k, v, 1e-6, clamp)
 
 
-def gates(q, k, clamp=1.0):
-    """Weight of every source and gate of every sink [B, H, T]."""
+def gated(q, k, clamp=1.0):
+    """The gated features of q and of k [B, T, H, K]."""
     return flow_gates(q, k, 1e-6, clamp)[:2]
+
+
+def weights(q, k, clamp):
+    """What phi(k) is multiplied with [B, T, H, K]."""
+    return gated(q, k, clamp)[1] / k.sigmoid()
 
 
 def exact(q, k, v, clamp):
@@ -81,11 +87,41 @@ def test_output_and_gradients(case, draw):
     assert max(found.values()) < FLOAT32, found
 
 
+#: length, wanted pieces, and the tokens of a piece and of the last that come of them
+PIECES = {
+    "two pieces, the last ragged": (4 * CHUNK - 5, 2, 2 * CHUNK, 2 * CHUNK - 5),
+    "pieces of one chunk": (3 * CHUNK, 3, CHUNK, CHUNK),
+    "the last piece is shorter": (5 * CHUNK, 3, 2 * CHUNK, CHUNK),
+    "the last piece has one token": (4 * CHUNK + 1, 3, 2 * CHUNK, 1),
+    "fewer pieces than wanted": (5 * CHUNK + 3, 5, 2 * CHUNK, CHUNK + 3),
+}
+
+
+@pytest.mark.parametrize("case", PIECES.values(), ids=PIECES)
+def test_pieces(case, draw, monkeypatch):
+    length, wanted, piece, last = case
+    monkeypatch.setattr(gates, "pieces_for", lambda q: wanted)
+    q, k = draw(2, length, 2, 12), draw(2, length, 2, 12)
+    (grid,), sizes, _, _ = gates.launch(q, k)
+    assert sizes[3] == piece
+    assert length - (sizes[2] - 1) * piece == last
+    assert grid == 4 * sizes[2]
+    found = errors(q, k, draw(2, length, 2, 5), 1.0, draw(2, length, 2, 5))
+    assert max(found.values()) < FLOAT32, found
+
+
+def test_pieces_are_chosen_where_four_walks_pay(monkeypatch):
+    monkeypatch.setattr(gates, "multiprocessors", lambda device: 132)
+    for batch, length, pieces in ((1, 65_536, 16), (64, 65_536, 1), (4, 65_536, 4), (5, 65_536, 1), (1, 1024, 1)):
+        q = torch.empty(1).expand(batch, length, 16, 128)
+        assert gates.pieces_for(q) == pieces, (batch, length)
+
+
 def test_the_clamp_is_active_and_has_no_slope(draw):
     q, k = 2 * draw(1, 100, 1, 12), 2 * draw(1, 100, 1, 12)
-    bound, loose = (gates(q, k, clamp)[0] for clamp in (1.0, 10.0))
+    bound, loose = (weights(q, k, clamp) for clamp in (1.0, 10.0))
     assert ((bound - loose).abs() > 1e-4).double().mean() > 0.2
-    weight, _ = gates(q, k, 1e-3)  # every conserved flow is above
+    weight = weights(q, k, 1e-3)  # every conserved flow is above
     torch.testing.assert_close(weight, torch.ones_like(weight))
 
 
@@ -123,9 +159,9 @@ def test_views_of_something_larger(draw):
 
 def test_no_gate_reads_a_later_token(draw):
     q, k = draw(1, 100, 1, 12), draw(1, 100, 1, 12)
-    before = gates(q, k)
+    before = gated(q, k)
     q[:, 70:], k[:, 70:] = draw(1, 30, 1, 12), draw(1, 30, 1, 12)
-    after = gates(q, k)
+    after = gated(q, k)
     for first, second in zip(before, after, strict=True):
-        assert torch.equal(first[..., :70], second[..., :70])
-        assert not torch.equal(first[..., 70:], second[..., 70:])
+        assert torch.equal(first[:, :70], second[:, :70])
+        assert not torch.equal(first[:, 70:], second[:, 70:])

@@ -13,8 +13,8 @@ from attnlab.mixers import checks, flow
 def causal_flow(q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-6, clamp: float = 1.0) -> Tensor:
     """Flow attention over prefixes: two gates a token from conserved flows, around linear attention without decay.
 
-    The gates come from three passes over all chunks (`flow_gates`) and are multiplied into the features; what is left is linear
-    attention without decay (`flow_sweep`). Elsewhere, and in float64, the chunked form of `attnlab.mixers.flow` runs.
+    One walk over the chunks makes the gates and multiplies them into the features (`flow_gates`); what is left is linear attention
+    without decay (`flow_sweep`). Elsewhere, and in float64, the chunked form of `attnlab.mixers.flow` runs.
 
     Args:
         q, k: [B, T, H, K], K at most 256.

@@ -31,7 +31,7 @@ SOURCES_OF = {
         "linear_decay": _SWEEPS,
         "scalar_gated": _SWEEPS,
         "aaren_scan": ("aaren_scan", "dispatch", "prefix_softmax"),
-        "causal_flow": ("causal_flow", "decay_sweep", "dispatch", "flow_gates", "flow_sweep"),
+        "causal_flow": ("causal_flow", "decay_sweep", "dispatch", "flow_gates", "flow_gradients", "flow_sweep"),
     }.items()
 }
 SOURCES = tuple(sorted({name for names in SOURCES_OF.values() for name in names}))
