@@ -32,6 +32,7 @@ from attnlab.kernels.launch import remembered
 
 CHUNK = 32  # longer ones keep more of q and k in registers than there are
 STAGES = 2  # the next chunk is loaded while this one is computed
+WARPS = 4  # few, so that two programs share a multiprocessor: a walk is one long chain of small steps
 WALKS = 4  # of a sequence in pieces
 
 
@@ -264,7 +265,7 @@ def launch(q: Tensor, k: Tensor) -> tuple[tuple[int], tuple[int, ...], dict[str,
     parts = 2 if q.is_cuda and q.dtype != torch.float32 else 1
     shape = {
         "K": width, "BK": padded(width), "C": chunk, "SPLIT": pieces > 1, "PARTS": parts, "DOT": dot_precision(q),
-        "num_warps": 4 if width <= 64 else 8, "num_stages": STAGES,
+        "num_warps": WARPS, "num_stages": STAGES,
     }  # fmt: skip
     sizes = (length, heads, pieces, piece, *q.stride()[:3], *k.stride()[:3])
     return (batch * heads * pieces,), sizes, shape, sums

@@ -121,7 +121,10 @@ TINY: dict[Task, tuple[float, ...]] = {
     Recall(width=8, steps=2, batch=4, examples=8): (1e-3, 1e-2),
 }
 LENGTHS = tuple(2**n for n in range(10, 17))  # 1k to 64k tokens
-SOURCES = tuple(f"kernels/{name}.py" for name in ("flowformer", "flowformer_runs", "flowformer_record", "flow_gates"))
+SOURCES = tuple(
+    f"kernels/{name}.py"
+    for name in ("flowformer", "flowformer_runs", "flowformer_record", "flow_gates", "flow_gradients", "flow_sweep")
+)
 COMMAND = "python -m attnlab.kernels.flowformer"
 
 
