@@ -30,9 +30,9 @@ from torch import Tensor
 from attnlab.kernels.dispatch import cdiv, dot_precision, multiprocessors, padded
 from attnlab.kernels.launch import remembered
 
-CHUNK = 32  # longer ones keep more of q and k in registers than there are
+CHUNK = 2048  # numbers of q in a chunk: 32 tokens of 64 channels; more of q and k do not fit into the registers of so few warps
 STAGES = 2  # the next chunk is loaded while this one is computed
-WARPS = 4  # few, so that two programs share a multiprocessor: a walk is one long chain of small steps
+WARPS = 2  # few, so that many programs share a multiprocessor: a walk is one long chain of small steps
 WALKS = 4  # of a sequence in pieces
 
 
@@ -233,8 +233,8 @@ def flow_gates(q: Tensor, k: Tensor, eps: float, clamp: float) -> tuple[Tensor, 
 
 
 def chunk_for(q: Tensor) -> int:
-    """Tokens a chunk: half as many where rows are so wide in bytes that shared memory could not hold two chunks."""
-    return CHUNK // 2 if q.element_size() * padded(q.shape[-1]) > 512 else CHUNK
+    """Tokens a chunk: 32, or 16, the fewest that tensor cores take, of wide heads."""
+    return 32 if padded(q.shape[-1]) * 32 <= CHUNK else 16
 
 
 def pieces_for(q: Tensor) -> int:
