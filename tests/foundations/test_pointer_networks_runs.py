@@ -95,6 +95,30 @@ def test_tables_print_fail_where_the_paper_does():
     ]
 
 
+def test_triangles_and_tours_stand_beside_the_papers():
+    rows = [
+        {"case": "hull 50", "impl": tasks.POINTER, "points": [50, 50], "scores": [{"n": 50, "exact": 0.5}]},
+        {
+            "case": "delaunay 5",
+            "impl": tasks.POINTER,
+            "points": [5, 5],
+            "scores": [{"n": 5, "exact": 0.75, "coverage": 0.9}],
+        },
+        {
+            "case": "tour",
+            "impl": tasks.SET,
+            "points": [5, 10],
+            "scores": [{"n": 12, "length": 3.1, "excess": 0.012}, {"n": 20, "length": 4.0}],
+        },
+    ]
+    table = verdicts.other_tasks(runs.records.Record("r", "c", "c", "d", {"gpu": None, "cpus": 1}, {}, rows, {}))
+    assert table.to_numpy().tolist() == [
+        ["delaunay", tasks.POINTER, "5", 5, "75.0 % exact, 90.0 % of the triangles", "80.7 %, 93.0 %"],
+        ["tour", tasks.SET, "5-10", 12, "length 3.10, 1.2 % above the optimum", ""],
+        ["tour", tasks.SET, "5-10", 20, "length 4.00", "length 3.88, 1.3 %"],
+    ]
+
+
 def test_an_untrained_network_has_no_area_to_speak_of():
     with pytest.raises(ValueError, match="answers are simple polygons; train it longer"):
         verdicts.beyond_trained(torch_seeded(), count=20)

@@ -158,6 +158,34 @@ def hull_table(record: records.Record, cases: Sequence[str] = ("hull",)) -> pd.D
     return pd.DataFrame(rows, columns=["network", "trained on", "n", "exact %", "area %"])
 
 
+#: what the paper says of its pointer network on the other tasks: exact and found triangles in percent (section 4.3), length of tours
+#: and of the shortest ones (Table 2, trained on 5-20)
+PAPER_TRIANGLES = {5: (80.7, 93.0), 10: (22.6, 81.3)}
+PAPER_TOURS = {5: (2.12, 2.12), 10: (2.87, 2.87), 20: (3.88, 3.83)}
+
+
+def other_tasks(record: records.Record) -> pd.DataFrame:
+    """Triangulations and tours of a record of the paper's sizes beside the paper's numbers; tours above the optimum where it is known."""
+    rows = []
+    for row in record.rows:
+        for scores in row["scores"]:
+            n, ours, paper = scores["n"], None, ""
+            if "coverage" in scores:
+                ours = f"{100 * scores['exact']:.1f} % exact, {100 * scores['coverage']:.1f} % of the triangles"
+                if n in PAPER_TRIANGLES:
+                    paper = "{:.1f} %, {:.1f} %".format(*PAPER_TRIANGLES[n])
+            elif "length" in scores:
+                ours = f"length {scores['length']:.2f}"
+                if "excess" in scores:
+                    ours += f", {100 * scores['excess']:.1f} % above the optimum"
+                if n in PAPER_TOURS:
+                    length, shortest = PAPER_TOURS[n]
+                    paper = f"length {length:.2f}, {100 * (length / shortest - 1):.1f} %"
+            if ours:
+                rows.append((row["case"].partition(" ")[0], row["impl"], trained(*row["points"]), n, ours, paper))
+    return pd.DataFrame(rows, columns=["task", "network", "trained on", "n", "ours", "the paper's pointer"])
+
+
 def trained(low: int, high: int) -> str:
     """Such as ``5-10`` or ``50``."""
     return f"{low}" if low == high else f"{low}-{high}"
