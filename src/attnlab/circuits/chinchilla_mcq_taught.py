@@ -73,14 +73,11 @@ def means_of(model: HookedLM, given: Sequence[Sheet], heads: Sequence[str]) -> M
 
 
 def others(model: HookedLM, heads: Sequence[str], draw: int) -> list[str]:
-    """As many other heads, each from the layer of the one that it stands for."""
-    rng = np.random.default_rng(draw)
-    chosen = set(heads)
-    for head in heads:
-        layer = head.partition(".")[0]
-        free = [name for name in (f"{layer}.{i}" for i in range(model.spec.n_heads)) if name not in chosen]
-        chosen.add(free[int(rng.integers(len(free)))])
-    return sorted(chosen - set(heads), key=lambda name: tuple(map(int, name.split("."))))
+    """As many other heads of the layers that hold ``heads``, drawn at random."""
+    layers = {head.partition(".")[0] for head in heads}
+    free = [str(node) for node in model.spec.heads if str(node.layer) in layers and str(node) not in heads]
+    chosen = np.random.default_rng(draw).permutation(len(free))[: len(heads)]
+    return [free[i] for i in sorted(chosen)]
 
 
 def right_answers(
