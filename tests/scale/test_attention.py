@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from attnlab import scale
 from attnlab.scale import demo
@@ -42,6 +43,50 @@ def test_the_size_of_a_block_changes_nothing(layout, block_size):
 
     whole = scale.unshard(scale.threads(job, 3, time_limit_s=20), layout)
     torch.testing.assert_close(whole, demo.one_process(demo.Problem(length=36, width=3))[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("rows", [1, 5, 36, 37])
+@pytest.mark.parametrize(("batch", "length", "heads", "kv_heads"), [(2, 37, 6, 2), (1, 37, 3, 3), (1, 1, 2, 1)])
+def test_one_process_takes_queries_in_blocks(monkeypatch, batch, length, heads, kv_heads, rows, causal):
+    problem = demo.Problem(length, heads, kv_heads, width=5, batch=batch, causal=causal)
+    q, k, v, do = problem.draw()
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    key, value = (x.repeat_interleave(heads // kv_heads, 2).transpose(1, 2) for x in (k, v))
+    o = scaled_dot_product_attention(q.transpose(1, 2), key, value, is_causal=causal).transpose(1, 2)
+    o.backward(do)
+    monkeypatch.setattr(demo, "SCORES", rows * batch * heads * length + 1)
+    for found, wanted in zip(demo.one_process(problem), (o, *(x.grad for x in inputs)), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+def test_a_block_of_queries_stays_within_the_bound_unless_it_is_one_row(monkeypatch):
+    blocks, attention = [], demo.F.scaled_dot_product_attention
+
+    def watched(q, k, v, **options):
+        blocks.append(q.shape[2])
+        return attention(q, k, v, **options)
+
+    monkeypatch.setattr(demo.F, "scaled_dot_product_attention", watched)
+    for scores, forward in ((2**27, [10]), (2 * 4 * 10 * 4, [4, 4, 2]), (1, [1] * 10)):
+        monkeypatch.setattr(demo, "SCORES", scores)
+        demo.one_process(demo.Problem(length=10, width=3, batch=2))
+        assert blocks == forward + forward[::-1]  # backward computes them again, from the last on
+        blocks.clear()
+
+
+def test_all_forms_share_one_reference(monkeypatch):
+    problem, calls, reference = demo.Problem(length=8, width=3), [], demo.reference
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return reference(*arguments)
+
+    monkeypatch.setattr(demo, "reference", counted)
+    [rows] = scale.threads(demo.every_form, 1, problem, 1, time_limit_s=20)
+    assert len(rows) == 9
+    assert max(max(row["error"], row["gradient error"]) for row in rows) < 1e-10
+    assert len(calls) == 1
 
 
 def test_half_precision_adds_up_in_float32_whatever_the_number_of_ranks():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -30,6 +31,12 @@ def hanging(wire):
 def raising(wire):
     if wire.rank == 1:
         raise ValueError("the third shard is missing")
+    wire.barrier()
+
+def starved(wire, *args):
+    import torch
+    if wire.rank == 1:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 256.00 GiB. Including non-PyTorch memory, 1 GiB")
     wire.barrier()
 
 def leaving(wire):
@@ -74,6 +81,102 @@ def test_a_rank_that_fails_ends_the_job_in_time(jobs, name, limit, error, messag
     with pytest.raises(error, match=message):
         scale.processes(getattr(jobs, name), 2, time_limit_s=limit)
     assert time.monotonic() - start < limit + 5
+
+
+REMEDY = "; try a smaller --length, --heads or --batch\n"
+
+
+def test_memory_that_runs_out_in_a_process_of_the_command_is_one_line(jobs, monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(demo, "every_form", jobs.starved)
+    assert main(["--length", "32", "--heads", "2", "--width", "4"]) == 1
+    wanted = "error: rank 1 ran out of memory: CUDA out of memory. Tried to allocate 256.00 GiB" + REMEDY
+    assert capsys.readouterr().err == wanted
+
+
+@pytest.fixture
+def under_torchrun(monkeypatch):
+    """Rank 0 of 1 without torchrun; call it with the error that the job is to raise."""
+
+    @contextmanager
+    def joined(time_limit_s):
+        yield ThreadWire(0, 1, [], time_limit_s)
+
+    def ends_with(error):
+        def every_form(wire, problem):
+            raise error
+
+        monkeypatch.setattr(demo, "every_form", every_form)
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(scale.launch, "joined", joined)
+    return ends_with
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "CUDA out of memory. Tried to"),
+        (RuntimeError("NCCL error\nLast error:\nCuda failure 2 'out of memory'"), "Cuda failure 2 'out of memory'"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "DefaultCPUAllocator: can't allocate memory"),
+        (MemoryError(), "no more is known"),
+    ],
+)
+def test_memory_that_runs_out_under_torchrun_is_one_line(under_torchrun, capsys, error, said):
+    under_torchrun(error)
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: rank 0 ran out of memory: {said}")
+    assert told.endswith(REMEDY)
+    assert told.count("\n") == 1
+
+
+def test_the_loss_of_another_rank_is_one_line_and_other_errors_keep_their_traceback(under_torchrun, capsys):
+    under_torchrun(RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1456."))
+    with pytest.raises(SystemExit):
+        main([])
+    assert capsys.readouterr().err == "error: rank 0 lost the connection to a rank that has ended\n"
+    under_torchrun(RuntimeError("shapes do not fit"))
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        main([])
+
+
+def test_other_errors_are_no_shortage_of_memory():
+    assert scale.launch.shortage(RuntimeError("shapes do not fit")) is None
+    assert scale.launch.shortage(ValueError("out of memory")) is None
+
+
+def test_memory_that_runs_out_in_a_thread_is_told_alone():
+    def job(wire):
+        if wire.rank == 0:
+            raise MemoryError
+        wire.barrier()
+
+    with pytest.raises(scale.RankError, match=r"^rank 0 ran out of memory: no more is known$"):
+        scale.threads(job, 2, time_limit_s=0.2)
+
+
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_each_rank_of_torchrun_names_its_own_gpu(monkeypatch, gpus):
+    started = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: started.update(set=device))
+    monkeypatch.setattr(
+        scale.launch.dist, "init_process_group", lambda backend, **rest: started.update(rest, on=backend)
+    )
+    monkeypatch.setattr(scale.launch.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(scale.launch, "ProcessWire", lambda: "wire")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with scale.joined() as wire:
+        assert wire == "wire"
+    one = torch.device("cuda", 1)
+    wanted = {"on": "nccl", "device_id": one, "set": one} if gpus else {"on": "gloo", "device_id": None}
+    assert {name: value for name, value in started.items() if name != "timeout"} == wanted
 
 
 def test_results_come_in_the_order_of_the_ranks(jobs):

@@ -1,7 +1,8 @@
 """Distributed attention on this machine or under torchrun, checked against one process.
 
 ``python -m attnlab.scale --ranks 2`` starts its own processes; ``torchrun --nproc-per-node 2 -m attnlab.scale`` uses those of
-torchrun, with NCCL where every rank has a GPU. Exit codes: 0, or 1 if a result is wrong or a rank failed, 2 for bad arguments.
+torchrun, with NCCL where every rank has a GPU. Exit codes: 0, or 1 if a result is wrong, a rank failed or memory ran out, 2 for bad
+arguments.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +21,8 @@ from attnlab.scale.layouts import LAYOUTS, positions
 
 #: largest accepted relative difference to float64 on one process; sums are taken in float32, or in float64 for float64
 LIMITS = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-2}
+LOST = ("closed by peer", "reset by peer", "remote process exited")  # as gloo and NCCL say that another rank has ended
+REMEDY = "try a smaller --length, --heads or --batch"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,17 +48,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     ranks = int(os.environ.get("WORLD_SIZE", chosen.ranks))
     try:
-        _check(problem, ranks)
+        with _one_line():
+            _check(problem, ranks)
     except ValueError as error:
         parser.error(str(error))
     try:
-        if "RANK" in os.environ:
-            with launch.joined(chosen.time_limit) as wire:
-                rows, first = demo.every_form(wire, problem), wire.rank == 0
-        else:
-            rows, first = launch.processes(demo.every_form, ranks, problem, time_limit_s=chosen.time_limit)[0], True
+        rows, first = _rows(problem, ranks, chosen.time_limit)
     except (launch.RankError, TimeoutError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}" + (f"; {REMEDY}" if "out of memory" in str(error) else ""), file=sys.stderr)
         return 1
     if first:
         print(_table(rows))
@@ -62,6 +64,30 @@ def main(arguments: list[str] | None = None) -> int:
     for row in wrong:
         print(f"error: {row['method']}, {row['layout']}: more than {limit:g} from one process", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def _rows(problem: demo.Problem, ranks: int, time_limit_s: float) -> tuple[list[dict[str, Any]], bool]:
+    """What was found, and whether it is this process that prints it."""
+    if "RANK" not in os.environ:
+        return launch.processes(demo.every_form, ranks, problem, time_limit_s=time_limit_s)[0], True
+    with _one_line(), launch.joined(time_limit_s) as wire, _one_line():  # told before others are waited for
+        return demo.every_form(wire, problem), wire.rank == 0
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """End this process with one line instead of a traceback if memory runs out inside, here or on a rank that is waited for."""
+    rank = f"rank {os.environ['RANK']} " if "RANK" in os.environ else ""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if what := launch.shortage(error):
+            print(f"error: {rank}{what}; {REMEDY}", file=sys.stderr)
+        elif any(mark in str(error) for mark in LOST):
+            print(f"error: {rank}lost the connection to a rank that has ended", file=sys.stderr)
+        else:
+            raise
+        raise SystemExit(1) from None
 
 
 def _check(problem: demo.Problem, ranks: int) -> None:

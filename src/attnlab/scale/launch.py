@@ -24,10 +24,12 @@ import torch.multiprocessing as mp
 from attnlab.scale.wire import ProcessWire, ThreadWire, Wire
 
 GRACE_S = 1.0  # after the first failure, for the reports of the others
+RAN_OUT = "ran out of memory"
+SHORT_OF_MEMORY = ("out of memory", "can't allocate memory")  # in a RuntimeError of NCCL or of the allocator for CPUs
 
 
 class RankError(RuntimeError):
-    """A rank failed or was killed; the message has a line for each that did."""
+    """A rank failed or was killed; the message says what each of them met, or where memory ran out, only that."""
 
 
 def processes(
@@ -67,7 +69,7 @@ def processes(
                 process.kill()
                 process.join()
     if failures:
-        raise RankError("; ".join(f"rank {rank} {what}" for rank, what in sorted(failures.items())))
+        raise RankError(_summary(failures))
     if late := [str(rank) for rank in range(ranks) if rank not in results]:
         raise TimeoutError(
             f"rank {', '.join(late)} of {ranks} not done within {time_limit_s:g} s; all ranks were ended"
@@ -91,7 +93,7 @@ def threads(job: Callable[..., Any], ranks: int, *args: Any, time_limit_s: float
         try:
             results[rank] = job(ThreadWire(rank, ranks, post, time_limit_s), *args)
         except Exception as error:
-            failures[rank] = f"raised {type(error).__name__}: {error}"
+            failures[rank] = shortage(error) or f"raised {type(error).__name__}: {error}"
 
     running = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(ranks)]
     for thread in running:
@@ -99,7 +101,7 @@ def threads(job: Callable[..., Any], ranks: int, *args: Any, time_limit_s: float
     for thread in running:
         thread.join()
     if failures:
-        raise RankError("; ".join(f"rank {rank} {what}" for rank, what in sorted(failures.items())))
+        raise RankError(_summary(failures))
     return [results[rank] for rank in range(ranks)]
 
 
@@ -116,13 +118,30 @@ def joined(time_limit_s: float = 60.0) -> Iterator[Wire]:
         raise RuntimeError("RANK and WORLD_SIZE are not set; start this with torchrun, or use attnlab.scale.processes")
     local = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if on_gpu:
-        torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=time_limit_s))
+    device = torch.device("cuda", local) if on_gpu else None
+    if device:
+        torch.cuda.set_device(device)
+    backend = "nccl" if device else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=time_limit_s), device_id=device)
     try:
         yield ProcessWire()
     finally:
         dist.destroy_process_group()
+
+
+def shortage(error: BaseException) -> str | None:
+    """``ran out of memory: ...`` on one line if that is what ``error`` means, on a GPU or a CPU; None for another error."""
+    told = [line for line in str(error).splitlines() if any(mark in line.lower() for mark in SHORT_OF_MEMORY)]
+    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not (isinstance(error, RuntimeError) and told):
+        return None
+    what = (told or str(error).splitlines() or ["no more is known"])[0]
+    return f"{RAN_OUT}: {what.split(' Including non-PyTorch memory')[0].rstrip('.')}"
+
+
+def _summary(failures: dict[int, str]) -> str:
+    """A line for each rank that failed; where some ran out of memory the others only lost them, and are left out."""
+    short = {rank: what for rank, what in failures.items() if what.startswith(RAN_OUT)}
+    return "; ".join(f"rank {rank} {what}" for rank, what in sorted((short or failures).items()))
 
 
 def _child(pipe: Connection, where: tuple[str, int, int, float, int], job: Callable[..., Any], args: tuple) -> None:
@@ -139,7 +158,8 @@ def _child(pipe: Connection, where: tuple[str, int, int, float, int], job: Calla
         pipe.send_bytes(pickle.dumps((True, result)))
         dist.destroy_process_group()
     except Exception as error:
-        pipe.send_bytes(pickle.dumps((False, f"raised {type(error).__name__}: {error}\n{traceback.format_exc()}")))
+        what = shortage(error) or f"raised {type(error).__name__}: {error}\n{traceback.format_exc()}"
+        pipe.send_bytes(pickle.dumps((False, what)))
 
 
 def _collect(running: list[Any], pipes: list[Connection], deadline: float) -> tuple[dict[int, Any], dict[int, str]]:
