@@ -28,7 +28,7 @@ def given() -> list[Sheet]:
 
 
 def test_the_mean_is_over_all_prompts(words, given):
-    means = taught.means_of(words, given, HEADS)
+    means = taught.means_of(taught.vectors_of(words, given, HEADS))
     queries, keys = [], []
     for sheet in given:
         acts = words.run(sheet.tokens, capture=("q", "k")).acts
@@ -40,7 +40,7 @@ def test_the_mean_is_over_all_prompts(words, given):
 
 def test_one_query_for_all_is_written_at_the_last_token_only(words, given):
     """Against whole runs in which every head's query is overwritten by hand."""
-    means = taught.means_of(words, given, HEADS)
+    means = taught.means_of(taught.vectors_of(words, given, HEADS))
     found = taught.right_answers(words, given, {"q": (means.subspaces(HEADS), "q"), "k": (means.subspaces(HEADS), "k")})
     assert list(found) == ["untouched", "q", "k"]
     assert all(len(right) == 19 for right in found.values())
@@ -62,6 +62,19 @@ def test_one_query_for_all_is_written_at_the_last_token_only(words, given):
             run = words.run(sheet.tokens, [alike(name) for name in HEADS])
         by_hand.append(is_right(words.logits(words.readout(run.resid[2]), sheet.labels), sheet.gold))
     assert np.array_equal(found["q"], np.concatenate(by_hand))
+
+
+def test_keys_that_know_what_stands_before_them_and_no_more():
+    """Keys made of a place and of whether the answer has come: nothing else is left to add."""
+    gold = torch.arange(4).repeat(50)
+    place = torch.arange(4).expand(200, 4)
+    seen = (gold[:, None] < place).double()
+    noise = torch.randn(200, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    keys = torch.stack([place.double(), 3 * seen, 0 * seen], -1) + 0.01 * noise
+    shares = taught.key_shares({"1.3": {"k": keys}}, gold, ["1.3"])
+    assert shares["place"] + shares["answer seen"] == pytest.approx(1, abs=1e-3)
+    assert shares["right line"] == pytest.approx(shares["answer seen"], abs=1e-3)
+    assert 0.05 < shares["being right"] < 0.7 * shares["answer seen"]
 
 
 def test_other_heads_are_as_many_and_of_the_same_layers(words):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from attnlab import claims, records
-from attnlab.circuits.chinchilla_mcq import Sheet, is_right
+from attnlab.circuits.chinchilla_mcq import Sheet, gold_matrix, is_right, label_attention
 from attnlab.circuits.chinchilla_mcq_runs import MODELS
 from attnlab.circuits.lettered import questionnaire, sheets
 from attnlab.circuits.lettered_tuning import load_change
 from attnlab.circuits.model import HookedLM
-from attnlab.circuits.subspaces import Subspace, Subspaces, compress, head_vectors
+from attnlab.circuits.subspaces import Subspace, Subspaces, compress, head_vectors, share_of
 from attnlab.circuits.ungroup import ungrouped
 from attnlab.data.choices import FACTS
 from attnlab.models import smollm2
@@ -62,14 +62,37 @@ class Means:
         return {head: {"q": point(self.q[head]), "k": point(self.k[head])} for head in heads}
 
 
-def means_of(model: HookedLM, given: Sequence[Sheet], heads: Sequence[str]) -> Means:
-    """Mean query at the last token and mean key at the labels of some heads, over all prompts."""
+def vectors_of(model: HookedLM, given: Sequence[Sheet], heads: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """Of some heads on all prompts: queries at the last token ``[N, d_head]``, keys at the labels ``[N, k, d_head]``, and values."""
     parts = [head_vectors(model, sheet, heads) for sheet in given]
-    mean = {
-        part: {head: torch.cat([tables[head][part].flatten(0, -2) for tables in parts]).mean(0) for head in heads}
-        for part in ("q", "k")
+    return {
+        head: {part: torch.cat([tables[head][part] for tables in parts]) for part in ("q", "k", "v")} for head in heads
     }
-    return Means(**mean)
+
+
+def means_of(vectors: Mapping[str, Mapping[str, Tensor]]) -> Means:
+    """Mean query and mean key of each head of :func:`vectors_of`."""
+    means = {part: {head: x[part].flatten(0, -2).mean(0) for head, x in vectors.items()} for part in ("q", "k")}
+    return Means(**means)
+
+
+def key_shares(vectors: Mapping[str, Mapping[str, Tensor]], gold: Tensor, heads: Sequence[str]) -> dict[str, float]:
+    """Share of the variance of keys at labels that goes with their place, and what each of three facts adds to it; mean over heads.
+
+    ``answer seen``: the right text stands before this label. ``being right``: it stands behind it, in its own line. ``right line``: all
+    that can be known about where the right text stands.
+    """
+    keys = {head: vectors[head]["k"] for head in heads}
+    lines = next(iter(keys.values())).shape[1]
+    place = torch.arange(lines).expand(len(gold), lines)
+    right = gold[:, None].expand_as(place)
+    facts = {"answer seen": right < place, "being right": right == place, "right line": right}
+
+    def share(groups: Tensor) -> float:
+        return float(np.mean([share_of(k.flatten(0, 1), groups.flatten()) for k in keys.values()]))
+
+    alone = share(place)
+    return {"place": alone} | {name: share(place * lines + fact.long()) - alone for name, fact in facts.items()}
 
 
 def others(model: HookedLM, heads: Sequence[str], draw: int) -> list[str]:
@@ -99,21 +122,28 @@ def right_answers(
 
 
 def measured(row: dict[str, Any], model: HookedLM, facts: Sequence[tuple[str, str]] = FACTS) -> dict[str, Any]:
-    """Percent right of one taught model: untouched, with one query or key for its correct-letter heads, with one query for others."""
+    """One taught model: percent right untouched, with one query or one key for its correct-letter heads, with one query for others.
+
+    ``looks`` is where these heads look by right line, their mean, ``[k, k]``; ``key shares`` are those of :func:`key_shares`.
+    """
     start = time.perf_counter()
-    given = [sheet for _, sheet in sheets(model.tokenizer, questionnaire(facts))]
-    drawn = [others(model, row["heads"], draw) for draw in range(DRAWS)]
-    means = means_of(model, given, sorted({*row["heads"], *(head for some in drawn for head in some)}))
-    trials = {"one query": (means.subspaces(row["heads"]), "q"), "one key": (means.subspaces(row["heads"]), "k")}
+    heads, given = row["heads"], [sheet for _, sheet in sheets(model.tokenizer, questionnaire(facts))]
+    drawn = [others(model, heads, draw) for draw in range(DRAWS)]
+    vectors = vectors_of(model, given, sorted({*heads, *(head for some in drawn for head in some)}))
+    means, gold = means_of(vectors), torch.cat([sheet.gold for sheet in given])
+    trials = {"one query": (means.subspaces(heads), "q"), "one key": (means.subspaces(heads), "k")}
     trials |= {f"others {draw}": (means.subspaces(some), "q") for draw, some in enumerate(drawn)}
     accuracy = {name: 100 * float(right.mean()) for name, right in right_answers(model, given, trials).items()}
+    looks = gold_matrix(np.concatenate([label_attention(model, sheet) for sheet in given], axis=2), gold)
     return {
         "case": "taught",
         "seed": row["seed"],
-        "heads": row["heads"],
+        "heads": heads,
         "others": drawn,
-        "prompts": sum(map(len, given)),
+        "prompts": len(gold),
         "accuracy": accuracy,
+        "looks": np.mean([looks[tuple(map(int, head.split(".")))] for head in heads], axis=0).round(4).tolist(),
+        "key shares": key_shares(vectors, gold, heads),
         "seconds": time.perf_counter() - start,
     }
 
