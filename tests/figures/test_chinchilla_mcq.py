@@ -65,3 +65,12 @@ def test_charts_are_valid_and_fit_a_page(small):
 def test_the_explorer_answers_every_setting(small):
     panel = plots.compression_explorer(small)
     assert len(panel.grid(limit=12)) == 12
+
+
+def test_where_the_taught_model_looks_is_a_mean_over_models():
+    rows = [{"looks": [[0.5, 0.0], [0.1, 0.9]]}, {"looks": [[0.7, 0.0], [0.3, 0.5]]}]
+    chart = plots.looks_chart(rows).to_dict()
+    (cells,) = chart["datasets"].values()
+    assert [cell["attention"] for cell in cells] == [0.6, 0.0, 0.2, 0.7]
+    assert (cells[2]["right"], cells[2]["line"]) == (2, 1)
+    assert chart["width"] <= 260

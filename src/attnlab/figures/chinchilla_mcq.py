@@ -188,6 +188,27 @@ def _matrix(chart: alt.Chart) -> alt.Chart:
     )
 
 
+def looks_chart(rows: Sequence[Mapping[str, Any]]) -> alt.LayerChart:
+    """Where the correct-letter heads of the taught model look by right line, mean over the models; numbers in the cells.
+
+    Args:
+        rows: of ``records/chinchilla-mcq-taught.json``, each with ``looks`` [k, k].
+    """
+    cells = pd.DataFrame(_cells(np.mean([row["looks"] for row in rows], axis=0)))
+    numbers = (
+        alt.Chart(cells)
+        .mark_text(fontSize=12)
+        .encode(
+            x="line:O",
+            y="right:O",
+            text=alt.Text("attention:Q", format=".0%"),
+            color=alt.condition("datum.attention > 0.4", alt.value("white"), alt.value("black")),
+        )
+    )
+    chart: alt.LayerChart = _matrix(alt.Chart(cells)) + numbers
+    return chart.properties(width=200, height=200, title="The taught SmolLM2 looks at the right label, or before it")
+
+
 def _small(text: Any) -> alt.TitleParams:
     return alt.TitleParams(text=text, fontSize=13)
 
