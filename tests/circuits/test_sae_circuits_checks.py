@@ -33,7 +33,7 @@ def faithfulness_of(model, pairs, wiring, nodes) -> float:
 
 def test_both_ends_are_exact(lm, pairs):
     curve = head_curve(lm, pairs, {"all": lm.spec.heads}, [0, 18])
-    assert curve.faithfulness.tolist() == [0, 1]
+    assert curve.faithfulness.tolist() == pytest.approx([0, 1], abs=1e-12)  # sums of copies and of one, in other order
 
 
 def test_curves_refuse_what_is_no_ranking(lm, pairs):

@@ -372,7 +372,7 @@ def test_every_head_of_a_small_llama_has_its_row():
     model = LlamaForCausalLM(config)
     heads = real.heads_frame(model, shuffles=20)
     assert heads["name"].tolist() == [f"{layer}.{head}" for layer in range(2) for head in range(4)]
-    assert heads["at 0"].tolist() == heads["ratio"].tolist()
+    assert heads["at 0"].tolist() == pytest.approx(heads["ratio"].tolist(), rel=1e-5)
     q, k = (getattr(model.model.layers[1].self_attn, name).weight.detach() for name in ("q_proj", "k_proj"))
     expected = real.diagonal_ratio(q[18:24].T, k[6:12].T)  # head 3 of width 6, group 1
     assert heads.ratio.iloc[-1] == pytest.approx(float(expected), rel=1e-5)
