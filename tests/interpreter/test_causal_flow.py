@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 from attnlab.kernels import flow_gates as gates
-from attnlab.kernels.flow_gates import CHUNK, flow_gates
+from attnlab.kernels.flow_gates import flow_gates
 from attnlab.kernels.flow_sweep import CausalFlow
 from attnlab.mixers.flow import causal_flow_attention
 
@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="set TRITON_INTERPRET=1 before triton is imported"
 )
 
+CHUNK = 32  # tokens, for heads of at most 64 channels
 FLOAT32, FLOAT16 = 1e-5, 5e-3  # relative Frobenius; measured: 2e-6 (gradients leave out eps = 1e-6) and 9e-4
 
 #: batch, length, heads, width, standard deviation of q and k, clamp
@@ -108,6 +109,11 @@ def test_pieces(case, draw, monkeypatch):
     assert grid == 4 * sizes[2]
     found = errors(q, k, draw(2, length, 2, 5), 1.0, draw(2, length, 2, 5))
     assert max(found.values()) < FLOAT32, found
+
+
+def test_wide_heads_come_in_shorter_chunks():
+    sizes = {width: gates.chunk_for(torch.empty(1, 1, 1, width)) for width in (12, 64, 65, 128, 256)}
+    assert sizes == {12: CHUNK, 64: CHUNK, 65: CHUNK // 2, 128: CHUNK // 2, 256: CHUNK // 2}
 
 
 def test_pieces_are_chosen_where_four_walks_pay(monkeypatch):
