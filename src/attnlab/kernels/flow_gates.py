@@ -30,9 +30,9 @@ from torch import Tensor
 from attnlab.kernels.dispatch import cdiv, dot_precision, multiprocessors, padded
 from attnlab.kernels.launch import remembered
 
-CHUNK = 2048  # numbers of q in a chunk: 32 tokens of 64 channels; more of q and k do not fit into the registers of so few warps
 STAGES = 2  # the next chunk is loaded while this one is computed
 WARPS = 2  # few, so that many programs share a multiprocessor: a walk is one long chain of small steps
+RESIDENT = 4  # programs that a multiprocessor runs at once: two warps of 255 registers a thread take a quarter of its registers
 WALKS = 4  # of a sequence in pieces
 
 
@@ -233,15 +233,14 @@ def flow_gates(q: Tensor, k: Tensor, eps: float, clamp: float) -> tuple[Tensor, 
 
 
 def chunk_for(q: Tensor) -> int:
-    """Tokens a chunk: 32, or 16, the fewest that tensor cores take, of wide heads."""
-    return 32 if padded(q.shape[-1]) * 32 <= CHUNK else 16
+    """Tokens a chunk: 32, or 16, the fewest that tensor cores take, of heads so wide that the registers hold no more."""
+    return 32 if padded(q.shape[-1]) <= 64 else 16
 
 
 def pieces_for(q: Tensor) -> int:
     """Into how many pieces a sequence is cut: one if that fills the GPU, or if four walks would cost more than they gain."""
     batch, length, heads, _ = q.shape
-    resident = 2 * multiprocessors(q.device)  # programs that run at once
-    wanted = min(resident // (batch * heads), length // 512)
+    wanted = min(RESIDENT * multiprocessors(q.device) // (batch * heads), length // 512)
     return wanted if wanted >= WALKS else 1
 
 
