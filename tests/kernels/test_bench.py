@@ -294,7 +294,8 @@ def test_the_table_shows_who_wins():
 def test_the_command_names_the_records_folder_only():
     given = ["--out", "/somewhere/private/linear.json", "--quick"]
     assert report._in_records(given) == ["--out", "records/linear.json", "--quick"]
-    assert report._in_records(["--quick"]) == ["--quick"]
+    assert report._in_records(["--quick", "--resume", "/tmp/a.json"]) == ["--quick", "--resume", "records/a.json"]
+    assert report._in_records(["--out"]) == ["--out"]
 
 
 def test_a_stopped_record_goes_on(finished, tmp_path):

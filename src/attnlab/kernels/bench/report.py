@@ -38,12 +38,12 @@ SOURCES = tuple(sorted({name for names in SOURCES_OF.values() for name in names}
 
 
 def _in_records(arguments: Sequence[str]) -> list[str]:
-    """The arguments with the folder of --out as in a checkout: where a GPU machine keeps its files is nobody's business."""
-    named = list(arguments)
-    if "--out" in named[:-1]:
-        at = named.index("--out") + 1
-        named[at] = f"records/{Path(named[at]).name}"
-    return named
+    """The arguments with the folders of --out and --resume as in a checkout: where a GPU machine keeps its files is nobody's business."""
+    before = ["", *arguments]
+    return [
+        f"records/{Path(x).name}" if option in ("--out", "--resume") else x
+        for option, x in zip(before, arguments, strict=False)
+    ]
 
 
 def provenance(arguments: Sequence[str], commit: str | None, bandwidth: float) -> dict[str, Any]:
