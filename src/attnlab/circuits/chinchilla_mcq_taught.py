@@ -1,16 +1,18 @@
-"""SmolLM2 once it answers by letter: do its correct-letter heads need their queries? For the chapter ``circuits/chinchilla-mcq``.
+"""SmolLM2 once it answers by letter: what its correct-letter heads write, in how few directions they work, and whether they need their
+queries. For the chapter ``circuits/chinchilla-mcq``.
 
 ``python -m attnlab.circuits.chinchilla_mcq_taught --record records/chinchilla-mcq-taught.json`` takes the changes that
-:mod:`attnlab.circuits.chinchilla_mcq_runs` taught on three seeds, and gives the heads that look at the right letter one query, or
-one key, for all prompts. A CPU needs some minutes.
+:mod:`attnlab.circuits.chinchilla_mcq_runs` taught on three seeds. The heads that look at the right letter keep three directions of
+their queries, keys and values, fitted on A to D in order, or get one query, or one key, for all prompts; then labels are shuffled and
+drawn at random. A CPU needs some twenty minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,27 @@ import torch
 from torch import Tensor
 
 from attnlab import claims, records
-from attnlab.circuits.chinchilla_mcq import Sheet, gold_matrix, is_right, label_attention
+from attnlab.circuits.chinchilla_mcq import (
+    DirectEffects,
+    Sheet,
+    direct_effects,
+    gold_matrix,
+    is_right,
+    label_attention,
+)
 from attnlab.circuits.chinchilla_mcq_runs import MODELS
 from attnlab.circuits.lettered import questionnaire, sheets
 from attnlab.circuits.lettered_tuning import load_change
 from attnlab.circuits.model import HookedLM
-from attnlab.circuits.subspaces import Subspace, Subspaces, compress, head_vectors, share_of
+from attnlab.circuits.subspaces import (
+    Subspace,
+    Subspaces,
+    compress,
+    fit_subspace,
+    head_vectors,
+    random_subspace,
+    share_of,
+)
 from attnlab.circuits.ungroup import ungrouped
 from attnlab.data.choices import FACTS
 from attnlab.models import smollm2
@@ -32,10 +49,16 @@ from attnlab.models.booting import boot, quiet
 
 COMMAND = "python -m attnlab.circuits.chinchilla_mcq_taught"
 DRAWS = 3  # of other heads
+RANK = 3  # directions that are kept, as in the paper
+RANDOM = 2  # draws of random directions
+FIT = (1, 2)  # seeds of the questionnaires on which directions are fitted; 0 is measured on
 SOURCES = tuple(
     f"circuits/{name}.py"
     for name in ("chinchilla_mcq_taught", "chinchilla_mcq", "subspaces", "lettered", "lettered_tuning")
 )
+
+Facts = Sequence[tuple[str, str]]
+Vectors = Mapping[str, Mapping[str, Tensor]]  # by head and part
 
 
 def load(row: dict[str, Any], folder: Path = MODELS) -> HookedLM:
@@ -46,22 +69,6 @@ def load(row: dict[str, Any], folder: Path = MODELS) -> HookedLM:
         return ungrouped(HookedLM(boot(smollm2.NAME, load_change(model, folder / row["file"]), tokenizer)))
 
 
-@dataclass(frozen=True)
-class Means:
-    """One query and one key for all prompts: ``q`` and ``k`` [d_head] by head."""
-
-    q: dict[str, Tensor]
-    k: dict[str, Tensor]
-
-    def subspaces(self, heads: Sequence[str]) -> Subspaces:
-        """Subspaces of which no direction is kept: what is left of a vector is the mean."""
-
-        def point(mean: Tensor) -> Subspace:
-            return Subspace(mean, torch.eye(len(mean)), torch.full_like(mean, torch.nan))
-
-        return {head: {"q": point(self.q[head]), "k": point(self.k[head])} for head in heads}
-
-
 def vectors_of(model: HookedLM, given: Sequence[Sheet], heads: Sequence[str]) -> dict[str, dict[str, Tensor]]:
     """Of some heads on all prompts: queries at the last token ``[N, d_head]``, keys at the labels ``[N, k, d_head]``, and values."""
     parts = [head_vectors(model, sheet, heads) for sheet in given]
@@ -70,13 +77,40 @@ def vectors_of(model: HookedLM, given: Sequence[Sheet], heads: Sequence[str]) ->
     }
 
 
-def means_of(vectors: Mapping[str, Mapping[str, Tensor]]) -> Means:
-    """Mean query and mean key of each head of :func:`vectors_of`."""
-    means = {part: {head: x[part].flatten(0, -2).mean(0) for head, x in vectors.items()} for part in ("q", "k")}
-    return Means(**means)
+def points(vectors: Vectors) -> Subspaces:
+    """The mean of each part over all prompts, as a subspace of which no direction is to be kept."""
+
+    def point(mean: Tensor) -> Subspace:
+        return Subspace(mean, torch.eye(len(mean)), torch.full_like(mean, torch.nan))
+
+    return {
+        head: {part: point(x.flatten(0, -2).mean(0)) for part, x in parts.items()} for head, parts in vectors.items()
+    }
 
 
-def key_shares(vectors: Mapping[str, Mapping[str, Tensor]], gold: Tensor, heads: Sequence[str]) -> dict[str, float]:
+def fitted(vectors: Vectors) -> Subspaces:
+    """The directions in which each part varies."""
+    return {
+        head: {part: fit_subspace(x.flatten(0, -2)) for part, x in parts.items()} for head, parts in vectors.items()
+    }
+
+
+def at_random(spaces: Subspaces, draw: int) -> Subspaces:
+    """Random directions around the same means, others for every head and part."""
+    return {
+        head: {
+            part: random_subspace(space, 10_000 * draw + 10 * i + j) for j, (part, space) in enumerate(parts.items())
+        }
+        for i, (head, parts) in enumerate(spaces.items())
+    }
+
+
+def some(spaces: Subspaces, heads: Sequence[str]) -> Subspaces:
+    """Those of some heads."""
+    return {head: spaces[head] for head in heads}
+
+
+def key_shares(vectors: Vectors, gold: Tensor, heads: Sequence[str]) -> dict[str, float]:
     """Share of the variance of keys at labels that goes with their place, and what each of three facts adds to it; mean over heads.
 
     ``answer seen``: the right text stands before this label. ``being right``: it stands behind it, in its own line. ``right line``: all
@@ -103,37 +137,78 @@ def others(model: HookedLM, heads: Sequence[str], draw: int) -> list[str]:
     return [free[i] for i in sorted(chosen)]
 
 
-def right_answers(
-    model: HookedLM, given: Sequence[Sheet], trials: dict[str, tuple[Subspaces, str]]
-) -> dict[str, np.ndarray]:
-    """Whether each prompt is answered right: untouched, and with one query or one key (``"q"``, ``"k"``) for all in each trial."""
+#: subspaces by head, and how many directions of each part are kept
+Trial = tuple[Subspaces, Mapping[str, int]]
+
+
+def right_answers(model: HookedLM, given: Sequence[Sheet], trials: Mapping[str, Trial]) -> dict[str, float]:
+    """Percent of the prompts that are answered right: untouched, and with heads compressed as each trial says."""
     found: dict[str, list[np.ndarray]] = {}
     for sheet in given:
         with torch.no_grad():
             base = model.run(sheet.tokens)
             ends = {"untouched": base}
-            for name, (spaces, part) in trials.items():
-                edits = compress(model, sheet, spaces, {part: 0})
+            for name, (spaces, ranks) in trials.items():
+                edits = compress(model, sheet, spaces, ranks)
                 ends[name] = model.resume(base, [min(edit.layer for edit in edits)], edits=edits)
             for name, run in ends.items():
                 logits = model.logits(model.readout(run.resid[model.spec.n_layers]), sheet.labels)
                 found.setdefault(name, []).append(is_right(logits, sheet.gold))
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+    return {name: 100 * float(np.concatenate(parts).mean()) for name, parts in found.items()}
 
 
-def measured(row: dict[str, Any], model: HookedLM, facts: Sequence[tuple[str, str]] = FACTS) -> dict[str, Any]:
-    """One taught model: percent right untouched, with one query or one key for its correct-letter heads, with one query for others.
+def written(model: HookedLM, given: Sequence[Sheet], heads: Sequence[str], top: int = 12) -> dict[str, Any]:
+    """What nodes write to the centred logit of the right label, mean over prompts.
 
-    ``looks`` is where these heads look by right line, their mean, ``[k, k]``; ``key shares`` are those of :func:`key_shares`.
+    ``share`` is the percentage that ``heads`` write, ``any`` the percentage that as many would write if all heads wrote alike, and
+    ``nodes`` the ``top`` strongest writers in logits.
+    """
+    parts = [direct_effects(model, sheet) for sheet in given]
+    effects = DirectEffects(
+        parts[0].nodes,
+        np.concatenate([part.values for part in parts], axis=1),
+        np.concatenate([part.total for part in parts]),
+    )
+    every = [str(node) for node in model.spec.heads]
+    nodes = sorted(effects.mean().items(), key=lambda item: -abs(item[1]))[:top]
+    return {
+        "share": 100 * effects.share(heads),
+        "any": 100 * effects.share(every) * len(heads) / len(every),
+        "total": float(effects.total.mean()),
+        "nodes": {name: round(value, 4) for name, value in nodes},
+    }
+
+
+def prompts(model: HookedLM, facts: Facts, condition: str = "ABCD", seed: int = 0) -> list[Sheet]:
+    """The questionnaire as sheets; another ``seed`` draws other wrong options and letters."""
+    return [sheet for _, sheet in sheets(model.tokenizer, questionnaire(facts, condition=condition, seed=seed))]
+
+
+def measured(row: dict[str, Any], model: HookedLM, facts: Facts = FACTS) -> dict[str, Any]:
+    """One taught model, as a row of the record.
+
+    ``accuracy`` by kind of labels and trial is percent right; trials are named as in :func:`right_answers` and below. ``looks`` is where
+    the correct-letter heads look by right line, their mean, ``[k, k]``; ``key shares`` are those of :func:`key_shares`, ``written`` is
+    that of :func:`written`.
     """
     start = time.perf_counter()
-    heads, given = row["heads"], [sheet for _, sheet in sheets(model.tokenizer, questionnaire(facts))]
+    heads, given = row["heads"], prompts(model, facts)
     drawn = [others(model, heads, draw) for draw in range(DRAWS)]
-    vectors = vectors_of(model, given, sorted({*heads, *(head for some in drawn for head in some)}))
-    means, gold = means_of(vectors), torch.cat([sheet.gold for sheet in given])
-    trials = {"one query": (means.subspaces(heads), "q"), "one key": (means.subspaces(heads), "k")}
-    trials |= {f"others {draw}": (means.subspaces(some), "q") for draw, some in enumerate(drawn)}
-    accuracy = {name: 100 * float(right.mean()) for name, right in right_answers(model, given, trials).items()}
+    vectors = vectors_of(model, given, sorted({*heads, *(head for group in drawn for head in group)}))
+    means, gold = points(vectors), torch.cat([sheet.gold for sheet in given])
+    spaces = fitted(vectors_of(model, [sheet for seed in FIT for sheet in prompts(model, facts, seed=seed)], heads))
+    trials: dict[str, Trial] = {
+        "one query": (some(means, heads), {"q": 0}),
+        "one key": (some(means, heads), {"k": 0}),
+        "queries and keys": (spaces, {"q": RANK, "k": RANK}),
+        "values": (spaces, {"v": RANK}),
+    }
+    for draw in range(RANDOM):
+        trials[f"random queries and keys {draw}"] = (at_random(spaces, draw), {"q": RANK, "k": RANK})
+    trials["random values"] = (at_random(spaces, 0), {"v": RANK})
+    few = {f"others {draw}": (some(means, group), {"q": 0}) for draw, group in enumerate(drawn)}
+    accuracy = {"ABCD": right_answers(model, given, trials | few)}
+    accuracy |= {kind: right_answers(model, prompts(model, facts, kind), trials) for kind in ("shuffled", "random")}
     looks = gold_matrix(np.concatenate([label_attention(model, sheet) for sheet in given], axis=2), gold)
     return {
         "case": "taught",
@@ -144,30 +219,59 @@ def measured(row: dict[str, Any], model: HookedLM, facts: Sequence[tuple[str, st
         "accuracy": accuracy,
         "looks": np.mean([looks[tuple(map(int, head.split(".")))] for head in heads], axis=0).round(4).tolist(),
         "key shares": key_shares(vectors, gold, heads),
+        "written": written(model, given, heads),
         "seconds": time.perf_counter() - start,
     }
 
 
-def lost(row: dict[str, Any], trial: str) -> float:
-    """Points of accuracy that a trial costs; the mean of all draws for ``"others"``."""
-    costs = [row["accuracy"]["untouched"] - x for name, x in row["accuracy"].items() if name.startswith(trial)]
+def lost(row: dict[str, Any], trial: str, labels: str = "ABCD") -> float:
+    """Points of accuracy that a trial costs; the mean of all whose name begins so."""
+    percent = row["accuracy"][labels]
+    costs = [percent["untouched"] - x for name, x in percent.items() if name.startswith(trial)]
     return sum(costs) / len(costs)
 
 
-def judged(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The ledger's row of the claim ``taught-query``."""
-    value, interval = claims.mean_and_range(lost(row, "one query") for row in rows)
-    return dict(
-        claims.measure(
-            "chinchilla-mcq/taught-query",
-            value,
-            interval=interval,
-            controls={"others": claims.mean_and_range(lost(row, "others") for row in rows)},
-            seeds=[row["seed"] for row in rows],
-            seconds=sum(row["seconds"] for row in rows),
-            origin="record",
+Rows = Sequence[dict[str, Any]]
+Value = Callable[[dict[str, Any]], float]
+
+#: by claim, what is measured of a row, and its control
+CLAIMS: dict[str, tuple[Value, str, Value]] = {
+    "taught-query": (partial(lost, trial="one query"), "others", partial(lost, trial="others")),
+    "taught-heads-write": (lambda row: row["written"]["share"], "anyhead", lambda row: row["written"]["any"]),
+    "taught-low-rank": (partial(lost, trial="queries"), "random", partial(lost, trial="random queries")),
+    "taught-random-labels": (
+        partial(lost, trial="queries", labels="random"),
+        "ordered",
+        partial(lost, trial="queries"),
+    ),
+    "taught-shuffled-labels": (
+        partial(lost, trial="queries", labels="shuffled"),
+        "ordered",
+        partial(lost, trial="queries"),
+    ),
+    "taught-values-carry-the-token": (
+        partial(lost, trial="values", labels="random"),
+        "queries",
+        partial(lost, trial="queries", labels="random"),
+    ),
+}
+
+
+def judged(rows: Rows) -> Iterator[dict[str, Any]]:
+    """The ledger's rows of the claims: mean, lowest and highest seed."""
+    for name, (value, control, other) in CLAIMS.items():
+        mean, interval = claims.mean_and_range(value(row) for row in rows)
+        yield dict(
+            claims.measure(
+                f"chinchilla-mcq/{name}",
+                mean,
+                interval=interval,
+                controls={control: claims.mean_and_range(other(row) for row in rows)},
+                seeds=[row["seed"] for row in rows],
+                seconds=sum(row["seconds"] for row in rows),
+                origin="record",
+            )
         )
-    )
 
 
 def taught_rows() -> Iterator[dict[str, Any]]:
@@ -195,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows.append(measured(lesson, load(lesson)))
         print(rows[-1], flush=True)
     command = f"{COMMAND} --record records/{chosen.record.name}"
-    records.write(chosen.record, [*rows, judged(rows)], sources=SOURCES, command=command, commit=chosen.commit)
+    records.write(chosen.record, [*rows, *judged(rows)], sources=SOURCES, command=command, commit=chosen.commit)
 
 
 if __name__ == "__main__":
