@@ -18,7 +18,7 @@ def tokens(length=21, width=6, batch=2):
     return torch.randn(batch, length, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", chapter.MIXERS)
+@pytest.mark.parametrize("name", [name for name in chapter.MIXERS if not name.startswith("token MLP")])
 @pytest.mark.parametrize("length", [1, 2, 21])
 def test_the_fast_form_is_the_matrix_times_the_values(name, length):
     mixer, x = chapter.build(name, 6, length).double(), tokens(length)
@@ -45,7 +45,9 @@ def test_fourier_mixing_sees_everything():
 
 def test_the_table_says_what_the_matrices_are():
     table = pd.DataFrame([chapter.properties(name) for name in chapter.MIXERS]).set_index("mixer")
-    assert (table["M φ(X) − fast form"] < 1e-9).all()
+    assert table["M φ(X) − fast form"].dropna().max() < 1e-9
+    assert table.index[table["M φ(X) − fast form"].isna()].tolist() == ["token MLP (MLP-Mixer)"]
+    assert table.index[table["rank past to future"].isna()].tolist() == ["token MLP (MLP-Mixer)"]
     assert table.asks.tolist() == [kind.asks for kind in chapter.MIXERS.values()]
     assert table.causal.tolist() == [kind.causal for kind in chapter.MIXERS.values()]
     assert table["rows sum to 1"].tolist() == [True, True, True, False, False, False, False, False]

@@ -1,69 +1,21 @@
 """A Unified View of Long-Sequence Models towards Modeling Million-Scale Dependencies (Hè & Kabić 2023, arXiv:2302.06218).
 
 Taught in the chapter ``foundations/unified-long-sequence``. A token mixer is a matrix between tokens times a map of each token,
-``Y = M(X) phi(X)``. Every mixer here says what its matrix is (:meth:`Mixer.mix`) and computes the same without it
-(:meth:`Mixer.forward`). The template is ours: of the paper, abstract and list of symbols could be read. What spreads attention over
-devices stands in :mod:`attnlab.scale`.
+``Y = M(X) phi(X)``. Every mixer here says what its matrix is (``mix``) and, the token MLP apart, computes the same without it
+(``forward``). The template is ours: of the paper, abstract and list of symbols could be read. ``ALL`` adds the mixers of
+:mod:`attnlab.mixers`. What spreads attention over devices stands in :mod:`attnlab.scale`.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnlab.foundations.unified_long_sequence_template import Mixer, Mixing
+from attnlab.foundations.unified_long_sequence_workspace import WORKSPACE
 from attnlab.mixers import attend, elu_plus_one, linear_attention
 from attnlab.models.language import initialise
-
-
-class Mixing(NamedTuple):
-    """The two factors of a mixer's output: ``matrix`` [B, T, S] between places and ``values`` [B, S, D]; S = T but for the MLP."""
-
-    matrix: Tensor
-    values: Tensor
-
-    def output(self) -> Tensor:
-        """``M phi(X)`` [B, T, D]; of complex factors the real part."""
-        y = self.matrix @ self.values
-        return y.real if y.is_complex() else y
-
-
-class Mixer(nn.Module):
-    """A token mixer that knows its matrix.
-
-    Args:
-        width: D.
-        length: T, for mixers that learn a weight for each place.
-
-    Attributes:
-        asks: whether the matrix depends on the data.
-        causal: whether a token sees only itself and those before it.
-        cost: numbers multiplied for T tokens of width D, to leading order.
-        state: numbers kept to add one more token; a dash where the whole sequence is computed again.
-    """
-
-    asks: bool = False
-    causal: bool = True
-    cost: str = ""
-    state: str = ""
-
-    def __init__(self, width: int, length: int) -> None:
-        super().__init__()
-        for name, size in (("width", width), ("length", length)):
-            if size < 1:
-                raise ValueError(f"{name}={size} must be at least 1")
-        self.width, self.length = width, length
-
-    def mix(self, x: Tensor) -> Mixing:
-        """The template for x [B, T, D], with the matrix written out."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The same output [B, T, D] without the matrix where there is a faster way."""
-        return self.mix(x).output()
-
 
 # -------------------------------------------------------------------------------------------- the matrix depends on the data
 
@@ -201,7 +153,11 @@ class FourierMixer(Mixer):
 
 
 class TokenMLPMixer(Mixer):
-    """MLP-Mixer's token mixing: hidden units read all tokens and all tokens read hidden units; the length is built in."""
+    """MLP-Mixer's token mixing: hidden units read all tokens and all tokens read hidden units; the length is built in.
+
+    It has the two factors, but its values are hidden units that have seen all tokens: no matrix between tokens is left in the
+    template, and no faster form.
+    """
 
     causal, cost, state = False, "T H D", "–"
 
@@ -227,18 +183,21 @@ MIXERS: dict[str, type[Mixer]] = {
     "token MLP (MLP-Mixer)": TokenMLPMixer,
 }
 
+#: those of the chapter, then those of the workspace
+ALL: dict[str, type[Mixer]] = MIXERS | WORKSPACE
+
 
 def build(name: str, width: int, length: int, seed: int = 0) -> Mixer:
-    """A mixer of ``MIXERS`` with random weights of unit gain.
+    """A mixer of ``ALL`` with random weights of unit gain.
 
     Raises:
         ValueError: an unknown name.
     """
-    if name not in MIXERS:
-        raise ValueError(f"name={name!r} is unknown; use one of {', '.join(MIXERS)}")
+    if name not in ALL:
+        raise ValueError(f"name={name!r} is unknown; use one of {', '.join(ALL)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        mixer = MIXERS[name](width, length)
+        mixer = ALL[name](width, length)
         initialise(mixer)
     return mixer
 
@@ -250,25 +209,27 @@ def properties(name: str, width: int = 8, length: int = 48, seed: int = 0) -> di
     """What can be read off the matrix of a mixer with random weights, on random tokens, in float64.
 
     ``rank past to future`` is that of the block in which the second half of the tokens reads the first half: no state with
-    fewer numbers a channel can hand over what the first half said.
+    fewer numbers a channel can hand over what the first half said. It is None where there is no matrix between tokens, as in the
+    token MLP, and so is ``M φ(X) − fast form`` where there is no other form. Of a matrix for each channel the first counts.
     """
     mixer = build(name, width, length, seed).double()
     x = torch.randn(2, length, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     with torch.no_grad():
         mixing = mixer.mix(x)
         error = float((mixer(x) - mixing.output()).abs().max())
-    m = mixing.matrix
+    m = mixing.matrix if mixing.matrix.ndim == 3 else mixing.matrix[:, 0]
     square = m.shape[1] == m.shape[2]
+    past = m[0, length // 2 :, : length // 2]
     return {
         "mixer": name,
         "asks": not torch.allclose(m[0], m[1]),
         "causal": square and bool((m.triu(1) == 0).all()),
         "rows sum to 1": bool(torch.allclose(m.sum(-1), torch.ones_like(m.sum(-1)))),
         "Toeplitz": square and bool(torch.allclose(m[:, 1:, 1:], m[:, :-1, :-1])),
-        "rank past to future": int(torch.linalg.matrix_rank(m[0, length // 2 :, : length // 2], rtol=1e-9)),
+        "rank past to future": int(torch.linalg.matrix_rank(past, rtol=1e-9)) if square else None,
         "cost": mixer.cost,
         "state": mixer.state,
-        "M φ(X) − fast form": error,
+        "M φ(X) − fast form": None if type(mixer).forward is Mixer.forward else error,
     }
 
 
