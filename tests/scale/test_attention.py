@@ -157,7 +157,9 @@ def test_ranks_that_pass_different_shapes_are_named():
         x = torch.zeros(1, 6, 2, width)
         return scale.ring_attention(x, x, x, wire)
 
-    with pytest.raises(scale.RankError, match=r"on rank 1, but .* on rank 0; all ranks must pass the same"):
+    with pytest.raises(
+        scale.RankError, match=r"K is 4 on rank 1, but 8 on rank 0; V is 4 .*; all ranks must pass the same"
+    ):
         scale.threads(job, 2, time_limit_s=5)
 
 
@@ -166,5 +168,46 @@ def test_ranks_that_pass_different_dtypes_are_named():
         x = torch.zeros(1, 6, 2, 4, dtype=torch.bfloat16 if wire.rank else torch.float16)
         return scale.ring_attention(x, x, x, wire)
 
-    with pytest.raises(scale.RankError, match=r"bfloat16.*all ranks must pass the same"):
+    with pytest.raises(
+        scale.RankError, match=r"bfloat16 is 1 on rank 1, but 0 on rank 0; all ranks must pass the same"
+    ):
         scale.threads(job, 2, time_limit_s=5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layout": "striped"}, r"layout \(of contiguous, zigzag, striped, from 0\) is 2 on rank 1, but 1 on rank 0"),
+        ({"causal": False}, "causal is 0 on rank 1, but 1 on rank 0"),
+        ({"scale": 0.25}, "scale is 0.25 on rank 1, but 0.5 on rank 0"),
+    ],
+)
+@pytest.mark.parametrize("form", demo.FORMS.values())
+def test_ranks_that_ask_for_different_attention_are_named(form, change, message):
+    def job(wire: scale.Wire) -> torch.Tensor:
+        x = torch.zeros(1, 6, 2, 4)
+        return form(x, x, x, wire, **({"layout": "zigzag", "causal": True} | (change if wire.rank else {})))
+
+    with pytest.raises(
+        scale.RankError, match=rf"rank 0 raised ValueError: {message}; all.*rank 1 raised ValueError: {message}"
+    ):
+        scale.threads(job, 2, time_limit_s=5)
+
+
+def test_ranks_that_call_different_methods_are_named():
+    def job(wire: scale.Wire) -> torch.Tensor:
+        x = torch.zeros(1, 6, 2, 4)
+        return (scale.gathered_attention if wire.rank else scale.ring_attention)(x, x, x, wire)
+
+    with pytest.raises(
+        scale.RankError, match=r"method \(of ring, ulysses, gathered, from 0\) is 2 on rank 1, but 0 on rank 0"
+    ):
+        scale.threads(job, 2, time_limit_s=5)
+
+
+def test_a_scale_that_is_the_default_one_is_the_same():
+    def job(wire: scale.Wire) -> torch.Tensor:
+        x = torch.zeros(1, 6, 2, 4)
+        return scale.ring_attention(x, x, x, wire, scale=None if wire.rank else 0.5)
+
+    assert len(scale.threads(job, 2, time_limit_s=5)) == 2

@@ -16,7 +16,8 @@ from torch import Tensor
 from attnlab.mixers import checks
 from attnlab.mixers.softmax_merge import Summary, empty, read
 from attnlab.scale.blocks import Settings, accumulator, attend, gradients
-from attnlab.scale.layouts import Layout, positions
+from attnlab.scale.layouts import LAYOUTS, Layout, positions
+from attnlab.scale.traffic import METHODS, Method
 from attnlab.scale.wire import Wire
 
 BLOCK = 512
@@ -48,10 +49,11 @@ def ring_attention(
         [B, n, H, V], in the dtype of ``v``.
 
     Raises:
-        ValueError: sizes, dtypes or devices that do not fit, here or (the message names the rank) between ranks.
+        ValueError: sizes, dtypes or devices that do not fit, or (the message names the rank) ranks that differ in sizes, dtype,
+            method, layout, ``causal`` or ``scale``.
     """
-    at = _places(q, k, v, wire, layout)
-    return Ring.apply(q, k, v, wire, at, _settings(q, causal, scale, block_size, layout))
+    at, settings = _prepare(q, k, v, wire, "ring", causal, layout, scale, block_size)
+    return Ring.apply(q, k, v, wire, at, settings)
 
 
 def gathered_attention(
@@ -69,11 +71,10 @@ def gathered_attention(
 
     Arguments, result and errors are those of :func:`ring_attention`.
     """
-    at = _places(q, k, v, wire, layout)
+    at, settings = _prepare(q, k, v, wire, "gathered", causal, layout, scale, block_size)
     k, v = (_Gather.apply(x, wire) for x in (k, v))  # [ranks, B, n, G, D]
     whole = at.flatten().argsort()  # ascending positions, as blocks want them
     k, v = (x.transpose(0, 1).flatten(1, 2).index_select(1, whole) for x in (k, v))
-    settings = _settings(q, causal, scale, block_size, layout)
     return Local.apply(q, k, v, at[wire.rank], torch.arange(k.shape[1], device=q.device), settings)
 
 
@@ -92,7 +93,7 @@ def ulysses_attention(
 
     Arguments, result and errors are those of :func:`ring_attention`; the ranks must divide both H and G.
     """
-    at = _places(q, k, v, wire, layout)
+    at, settings = _prepare(q, k, v, wire, "ulysses", causal, layout, scale, block_size)
     for name, x in (("q", q), ("k", k)):
         if x.shape[2] % wire.ranks:
             raise ValueError(
@@ -102,7 +103,6 @@ def ulysses_attention(
     order = at.flatten().argsort()
     q, k, v = (_by_heads(x, wire).index_select(1, order) for x in (q, k, v))  # [B, T, H / ranks, D]
     everywhere = torch.arange(q.shape[1], device=q.device)
-    settings = _settings(q, causal, scale, block_size, layout)
     o = Local.apply(q, k, v, everywhere, everywhere, settings)
     return _by_tokens(o.index_select(1, order.argsort()), wire)
 
@@ -211,8 +211,18 @@ def _by_tokens(x: Tensor, wire: Wire) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------------ details
 
 
-def _places(q: Tensor, k: Tensor, v: Tensor, wire: Wire, layout: Layout) -> Tensor:
-    """Check the shards and return the positions [ranks, n] of all ranks' tokens."""
+def _prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    wire: Wire,
+    method: Method,
+    causal: bool,
+    layout: Layout,
+    scale: float | None,
+    block_size: int,
+) -> tuple[Tensor, Settings]:
+    """Check the shards, here and between ranks; the positions [ranks, n] of all ranks' tokens, and how to attend."""
     checks.rank("q", q, "[B, T, H, K]")
     checks.rank("k", k, "[B, T, G, K]")
     batch, length, heads, width = q.shape
@@ -225,9 +235,20 @@ def _places(q: Tensor, k: Tensor, v: Tensor, wire: Wire, layout: Layout) -> Tens
     for name, x in (("k", k), ("v", v)):
         if (x.dtype, x.device) != (q.dtype, q.device):
             raise ValueError(f"{name}: {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
-    signature = [batch, length, heads, groups, width, v.shape[3], q.element_size(), q.dtype == torch.bfloat16]
-    wire.agree("q, k, v: B, T, H, G, K, V, bytes, bfloat16", signature, q.device)
-    return positions(length * wire.ranks, wire.ranks, layout).to(q.device)
+    settings = _settings(q, causal, scale, block_size, layout)
+    wire.agree(
+        {
+            **dict(zip("BTHGKV", (batch, length, heads, groups, width, v.shape[3]), strict=True)),
+            "bytes a number": q.element_size(),
+            "bfloat16": q.dtype == torch.bfloat16,
+            f"method (of {', '.join(METHODS)}, from 0)": METHODS.index(method),
+            f"layout (of {', '.join(LAYOUTS)}, from 0)": LAYOUTS.index(layout) if layout in LAYOUTS else -1,
+            "causal": causal,
+            "scale": settings.scale,
+        },
+        q.device,
+    )
+    return positions(length * wire.ranks, wire.ranks, layout).to(q.device), settings
 
 
 def _settings(q: Tensor, causal: bool, scale: float | None, block_size: int, layout: Layout) -> Settings:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,17 +65,19 @@ class Wire(ABC):
         self._count(*[x] * (self.ranks - 1))
         return self._gather(x.contiguous())
 
-    def agree(self, what: str, values: Sequence[int], device: torch.device) -> None:
-        """Raise on every rank if these numbers are not the same on all; not counted as sent.
+    def agree(self, values: Mapping[str, float], device: torch.device) -> None:
+        """Raise on every rank if these numbers, by name, are not the same on all; not counted as sent.
 
         Raises:
-            ValueError: naming ``what``, the first rank that differs from rank 0, and both lists.
+            ValueError: naming the first rank that differs from rank 0, and what differs.
         """
         if self.ranks == 1:
             return
-        for rank, row in enumerate(rows := self._gather(torch.tensor(values, device=device)).tolist()):
-            if row != rows[0]:
-                raise ValueError(f"{what}: {row} on rank {rank}, but {rows[0]} on rank 0; all ranks must pass the same")
+        mine = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+        for rank, row in enumerate(rows := self._gather(mine).tolist()):
+            both = zip(values, row, rows[0], strict=True)
+            if wrong := [f"{name} is {x:g} on rank {rank}, but {y:g} on rank 0" for name, x, y in both if x != y]:
+                raise ValueError(f"{'; '.join(wrong)}; all ranks must pass the same")
 
     @abstractmethod
     def barrier(self) -> None:
