@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,11 +171,14 @@ def test_each_rank_of_torchrun_names_its_own_gpu(monkeypatch, gpus):
         scale.launch.dist, "init_process_group", lambda backend, **rest: started.update(rest, on=backend)
     )
     monkeypatch.setattr(scale.launch.dist, "destroy_process_group", lambda: None)
-    monkeypatch.setattr(scale.launch, "ProcessWire", lambda: "wire")
+    monkeypatch.setattr(
+        scale.launch, "ProcessWire", lambda: SimpleNamespace(barrier=lambda: started.update(waited=True))
+    )
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    with scale.joined() as wire:
-        assert wire == "wire"
+    with scale.joined():
+        assert "waited" not in started
+    assert started.pop("waited")  # nobody leaves alone
     one = torch.device("cuda", 1)
     wanted = {"on": "nccl", "device_id": one, "set": one} if gpus else {"on": "gloo", "device_id": None}
     assert {name: value for name, value in started.items() if name != "timeout"} == wanted
@@ -225,24 +230,6 @@ def test_outside_torchrun_there_is_nothing_to_join(monkeypatch):
         pass
 
 
-def test_torchrun_runs_the_same_check():
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "attnlab.scale",
-    ]
-    done = subprocess.run(
-        [*command, "--length", "32", "--heads", "2", "--width", "4"], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("zigzag") == 3  # printed once, by rank 0
-
-
 def test_the_command_names_what_does_not_divide(capsys):
     for arguments, message in (
         (["--length", "30", "--ranks", "2"], "length=30 is not a positive multiple of 4"),
@@ -273,3 +260,45 @@ def test_a_thread_that_waits_in_vain_says_for_whom():
 
     with pytest.raises(scale.RankError, match=r"rank 0 raised TimeoutError: rank 0 waited 0.2 s for rank 1"):
         scale.threads(job, 2, time_limit_s=0.2)
+
+
+def test_a_thread_that_hangs_does_not_hold_up_the_caller():
+    released = threading.Event()
+
+    def job(wire: scale.Wire, waited_for: bool) -> None:
+        if wire.rank == 1:
+            released.wait(60)
+        elif waited_for:
+            wire.barrier()
+
+    for waited_for, error, message in (
+        (True, scale.RankError, "rank 0 raised TimeoutError: rank 0 waited 0.2 s for rank 1"),
+        (False, TimeoutError, "rank 1 of 2 not done within 0.2 s; threads cannot be ended and go on"),
+    ):
+        start = time.monotonic()
+        with pytest.raises(error, match=message):
+            scale.threads(job, 2, waited_for, time_limit_s=0.2)
+        assert time.monotonic() - start < 0.2 + 2 * scale.launch.GRACE_S
+    released.set()
+
+
+def test_the_lost_rank_of_the_page():
+    with pytest.raises(scale.RankError, match="rank 1 ended with exit code 1 before it had a result"):
+        scale.processes(demo.losing_one, 2, "dies", time_limit_s=60)
+
+
+def test_what_takes_too_long_is_ended_with_its_message():
+    code = "import time; from attnlab.scale import launch\nwith launch.ended_after(0.2, 'too late'): time.sleep(60)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (1, "too late\n")
+    with scale.launch.ended_after(0.2, "not shown"):
+        pass
+    time.sleep(0.3)  # this process is still here
+
+
+def test_a_rank_that_did_not_come_is_one_line(under_torchrun, capsys):
+    under_torchrun(RuntimeError("[unbound_buffer.cc:133] Timed out waiting 8000ms for recv operation to complete"))
+    with pytest.raises(SystemExit):
+        main([])
+    told = capsys.readouterr().err
+    assert told == "error: rank 0 waited for another rank until the time limit; did all start, and does one hang?\n"

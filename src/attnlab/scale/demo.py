@@ -5,9 +5,10 @@ The functions are jobs for :func:`attnlab.scale.launch.processes`, :func:`~attnl
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -124,12 +125,12 @@ def compare(
         known: the :func:`reference` of this problem, where it has been computed already.
 
     Returns:
-        ``method``, ``layout``; ``error`` and ``gradient error``, the largest differences relative to the largest number;
+        ``method``, ``layout``, ``device``; ``error`` and ``gradient error``, the largest differences relative to the largest number;
         bytes sent, counted and by formula; seconds of forward and backward, the best of ``repeats`` after a barrier.
     """
     known = known or reference(problem, _device())
     mine = [shard(x, wire.ranks, layout)[wire.rank] for x in known.drawn]
-    row: dict[str, Any] = {"method": method, "layout": layout}
+    row: dict[str, Any] = {"method": method, "layout": layout, "device": known.drawn[0].device.type}
     for _ in range(repeats):
         found = _once(wire, method, layout, problem, mine, row)
     for name, parts in {"error": slice(0, 1), "gradient error": slice(1, 4)}.items():
@@ -154,6 +155,15 @@ def every_form(wire: Wire, problem: Problem, repeats: int = 3) -> list[dict[str,
     """:func:`compare` for each method with each layout, all against one :func:`reference`."""
     known = reference(problem, _device())
     return [compare(wire, method, layout, problem, repeats, known) for method in METHODS for layout in LAYOUTS]
+
+
+def losing_one(wire: Wire, how: Literal["dies", "hangs"]) -> None:
+    """A job whose last rank ends without a word, or does not come for an hour, while the others wait for it."""
+    if wire.rank == wire.ranks - 1:
+        if how == "dies":
+            os._exit(1)
+        time.sleep(3600)
+    wire.barrier()
 
 
 def _once(

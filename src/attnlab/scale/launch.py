@@ -68,48 +68,53 @@ def processes(
             for process in running:
                 process.kill()
                 process.join()
-    if failures:
-        raise RankError(_summary(failures))
-    if late := [str(rank) for rank in range(ranks) if rank not in results]:
-        raise TimeoutError(
-            f"rank {', '.join(late)} of {ranks} not done within {time_limit_s:g} s; all ranks were ended"
-        )
-    return [results[rank] for rank in range(ranks)]
+    return _in_order(results, failures, ranks, time_limit_s, "all ranks were ended")
 
 
 def threads(job: Callable[..., Any], ranks: int, *args: Any, time_limit_s: float = 60.0) -> list[Any]:
     """Run ``job(wire, *args)`` on ranks that are threads of this process, for CPU tensors: nothing to start, nothing to gain.
 
+    Args:
+        time_limit_s: for everything, and a moment more for the reports. A thread cannot be ended: one that hangs goes on in the
+            background, and does not keep the interpreter from leaving. Where that matters, use :func:`processes`.
+
     Raises:
         RankError: a rank raised, or waited longer than ``time_limit_s`` for another.
+        TimeoutError: a rank was not done in time.
         ValueError: fewer than one rank, or a limit that is no time.
     """
     _check(ranks, time_limit_s)
     post: list[list[queue.Queue[Any]]] = [[queue.Queue() for _ in range(ranks)] for _ in range(ranks)]
-    results: dict[int, Any] = {}
-    failures: dict[int, str] = {}
+    reports: queue.Queue[tuple[int, bool, Any]] = queue.Queue()
 
     def run(rank: int) -> None:
         try:
-            results[rank] = job(ThreadWire(rank, ranks, post, time_limit_s), *args)
+            reports.put((rank, True, job(ThreadWire(rank, ranks, post, time_limit_s), *args)))
         except Exception as error:
-            failures[rank] = shortage(error) or f"raised {type(error).__name__}: {error}"
+            reports.put((rank, False, shortage(error) or f"raised {type(error).__name__}: {error}"))
 
-    running = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(ranks)]
-    for thread in running:
-        thread.start()
-    for thread in running:
-        thread.join()
-    if failures:
-        raise RankError(_summary(failures))
-    return [results[rank] for rank in range(ranks)]
+    deadline = time.monotonic() + time_limit_s + GRACE_S  # who waits in vain says so before all is called late
+    for rank in range(ranks):
+        threading.Thread(target=run, args=(rank,), daemon=True).start()
+    results: dict[int, Any] = {}
+    failures: dict[int, str] = {}
+    while len(results) + len(failures) < ranks:
+        try:
+            rank, good, what = reports.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            break
+        (results if good else failures)[rank] = what
+        if not good:
+            deadline = min(deadline, time.monotonic() + GRACE_S)
+    return _in_order(results, failures, ranks, time_limit_s, "threads cannot be ended and go on")
 
 
 @contextmanager
 def joined(time_limit_s: float = 60.0) -> Iterator[Wire]:
     """The wire of a process that ``torchrun`` started: NCCL where each local rank has a GPU, otherwise gloo.
 
-    An operation that waits longer than ``time_limit_s`` for another rank raises, and torchrun ends the job.
+    An operation that waits longer than ``time_limit_s`` for another rank raises, and torchrun ends the job; all ranks wait for each
+    other before they leave. With NCCL such a wait aborts the process instead: :func:`ended_after` ends it with a message before.
 
     Raises:
         RuntimeError: outside torchrun.
@@ -124,9 +129,31 @@ def joined(time_limit_s: float = 60.0) -> Iterator[Wire]:
     backend = "nccl" if device else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=time_limit_s), device_id=device)
     try:
-        yield ProcessWire()
+        wire = ProcessWire()
+        yield wire
+        wire.barrier()  # a rank that hangs now would leave torchrun waiting for it
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def ended_after(time_limit_s: float, message: str) -> Iterator[None]:
+    """End this process with ``message`` on standard error and exit code 1 if what is inside takes longer.
+
+    The last resort, for what no exception can leave: an endless loop, or a kernel that waits for another rank.
+    """
+
+    def end() -> None:
+        print(message, file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(time_limit_s, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def shortage(error: BaseException) -> str | None:
@@ -136,6 +163,17 @@ def shortage(error: BaseException) -> str | None:
         return None
     what = (told or str(error).splitlines() or ["no more is known"])[0]
     return f"{RAN_OUT}: {what.split(' Including non-PyTorch memory')[0].rstrip('.')}"
+
+
+def _in_order(
+    results: dict[int, Any], failures: dict[int, str], ranks: int, time_limit_s: float, what_then: str
+) -> list[Any]:
+    """The results of all ranks, or the error that tells why there are fewer."""
+    if failures:
+        raise RankError(_summary(failures))
+    if late := [str(rank) for rank in range(ranks) if rank not in results]:
+        raise TimeoutError(f"rank {', '.join(late)} of {ranks} not done within {time_limit_s:g} s; {what_then}")
+    return [results[rank] for rank in range(ranks)]
 
 
 def _summary(failures: dict[int, str]) -> str:
