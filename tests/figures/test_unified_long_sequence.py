@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from attnlab.figures import unified_long_sequence as plots
-from attnlab.foundations.unified_long_sequence import MIXERS
+from attnlab.foundations.unified_long_sequence import MIXERS, WORKSPACE
 from attnlab.foundations.unified_long_sequence_runs import QUESTIONS, TRAINED
 from attnlab.scale import LAYOUTS
 
@@ -26,11 +26,15 @@ def test_charts_are_valid_and_small():
     frame = plots.matrix_frame(length=8, width=4)
     assert len(frame) == len(MIXERS) * 64
     assert frame.weight.abs().max() == 1
+    small = plots.workspace_frame(length=8, width=4)
+    assert len(small) == len(WORKSPACE) * 64
+    assert small.groupby("mixer").weight.agg(lambda weight: weight.abs().max()).eq(1).all()
     rows = [(m, q, s, 0.5) for m in TRAINED for q in QUESTIONS for s in range(3)]
     runs = pd.DataFrame(rows, columns=["mixer", "question", "seed", "accuracy"])
     for chart in (
         plots.ring_chart(4),
         plots.matrix_chart(frame),
+        plots.workspace_chart(small),
         plots.accuracy_chart(runs, 0.3),
         plots.hiding_chart(),
     ):

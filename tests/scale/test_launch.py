@@ -72,7 +72,7 @@ def test_two_processes_compute_what_one_does():
 @pytest.mark.parametrize(
     ("name", "limit", "error", "message"),
     [
-        ("killed", 60, scale.RankError, "rank 1 was killed by SIGKILL"),
+        ("killed", 60, scale.RankError, "^rank 1 was killed by SIGKILL"),
         ("raising", 60, scale.RankError, "rank 1 raised ValueError: the third shard is missing"),
         ("leaving", 60, scale.RankError, "rank 0 ended with exit code 3 before it had a result"),
         ("hanging", 8, (TimeoutError, scale.RankError), "within 8 s|Timed out|timed out"),
@@ -283,7 +283,7 @@ def test_a_thread_that_hangs_does_not_hold_up_the_caller():
 
 
 def test_the_lost_rank_of_the_page():
-    with pytest.raises(scale.RankError, match="rank 1 ended with exit code 1 before it had a result"):
+    with pytest.raises(scale.RankError, match=r"^rank 1 ended with exit code 1 before it had a result$"):
         scale.processes(demo.losing_one, 2, "dies", time_limit_s=60)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from attnlab.figures.palette import CONTROL, LINEAR, NEGATIVE, OURS, SOFTMAX
 from attnlab.figures.twin import Twin, twin
-from attnlab.foundations.unified_long_sequence import MIXERS, build, influence
+from attnlab.foundations.unified_long_sequence import MIXERS, WORKSPACE, build, influence
 from attnlab.foundations.unified_long_sequence_runs import QUESTIONS, TRAINED
 from attnlab.scale import LAYOUTS, positions
 
@@ -203,6 +203,48 @@ def matrix_chart(frame: pd.DataFrame) -> alt.VConcatChart:
         heat.properties(width=width, height=width).add_params(row), felt.properties(width=width, height=90), spacing=14
     ).add_params(mixer)
     return chart.properties(title="Who reads whom")
+
+
+def workspace_frame(length: int = 16, width: int = 8, seed: int = 0) -> pd.DataFrame:
+    """One row for each mixer of the workspace and pair of places: ``mixer, query, key, weight``, scaled to at most 1 in a mixer."""
+    x = torch.randn(1, length, width, generator=torch.Generator().manual_seed(seed))
+    grid = pd.MultiIndex.from_product([range(length), range(length)], names=["query", "key"]).to_frame(index=False)
+    frames = []
+    for name in WORKSPACE:
+        with torch.no_grad():
+            matrix = build(name, width, length, seed).mix(x).matrix[0]
+        matrix = matrix[0] if matrix.ndim == 3 else matrix  # of a matrix for each channel the first
+        weight = (matrix / matrix.abs().max()).flatten().double().numpy().round(3)
+        frames.append(grid.assign(weight=weight, mixer=name))
+    return pd.concat(frames, ignore_index=True)
+
+
+def workspace_chart(frame: pd.DataFrame) -> alt.FacetChart:
+    """The matrices of :func:`workspace_frame`, one small map each."""
+    maps = (
+        alt.Chart(frame)
+        .mark_rect()
+        .encode(
+            x=alt.X("key:O", title=None, axis=None),
+            y=alt.Y("query:O", title=None, axis=None),
+            color=alt.Color(
+                "weight:Q",
+                title="weight M_ij (largest: 1)",
+                scale=alt.Scale(domain=[-1, 0, 1], range=[NEGATIVE, "#f2f2f2", SOFTMAX]),
+                legend=alt.Legend(orient="bottom", gradientLength=200),
+            ),
+            tooltip=[
+                "mixer",
+                alt.Tooltip("query:O", title="output"),
+                alt.Tooltip("key:O", title="token"),
+                alt.Tooltip("weight:Q", format=".2f"),
+            ],
+        )
+        .properties(width=92, height=92)
+    )
+    facet = alt.Facet("mixer:N", sort=list(WORKSPACE), title=None, header=alt.Header(labelFontSize=10, labelPadding=3))
+    chart: alt.FacetChart = maps.facet(facet, columns=3, spacing=8)
+    return chart.properties(title="Whom does each output read?")
 
 
 # ------------------------------------------------------------------------------------------------------------ measurements

@@ -25,11 +25,12 @@ from attnlab.scale.wire import ProcessWire, ThreadWire, Wire
 
 GRACE_S = 1.0  # after the first failure, for the reports of the others
 RAN_OUT = "ran out of memory"
+DIED = ("was killed by", "ended with exit code")
 SHORT_OF_MEMORY = ("out of memory", "can't allocate memory")  # in a RuntimeError of NCCL or of the allocator for CPUs
 
 
 class RankError(RuntimeError):
-    """A rank failed or was killed; the message says what each of them met, or where memory ran out, only that."""
+    """A rank failed or was killed; the message says what each of them met, or only where memory ran out or a rank died."""
 
 
 def processes(
@@ -177,9 +178,12 @@ def _in_order(
 
 
 def _summary(failures: dict[int, str]) -> str:
-    """A line for each rank that failed; where some ran out of memory the others only lost them, and are left out."""
-    short = {rank: what for rank, what in failures.items() if what.startswith(RAN_OUT)}
-    return "; ".join(f"rank {rank} {what}" for rank, what in sorted((short or failures).items()))
+    """A line for each rank that failed; where some ran out of memory or died the others only lost them, and are left out."""
+    for cause in ((RAN_OUT,), DIED):
+        if told := {rank: what for rank, what in failures.items() if what.startswith(cause)}:
+            failures = told
+            break
+    return "; ".join(f"rank {rank} {what}" for rank, what in sorted(failures.items()))
 
 
 def _child(pipe: Connection, where: tuple[str, int, int, float, int], job: Callable[..., Any], args: tuple) -> None:
@@ -221,8 +225,8 @@ def _collect(running: list[Any], pipes: list[Connection], deadline: float) -> tu
 
 def _ending(code: int | None) -> str:
     if code is not None and code < 0:
-        return f"was killed by {signal.Signals(-code).name} (out of memory, if nobody sent it)"
-    return f"ended with exit code {code} before it had a result"
+        return f"{DIED[0]} {signal.Signals(-code).name} (out of memory, if nobody sent it)"
+    return f"{DIED[1]} {code} before it had a result"
 
 
 def _check_importable(job: Callable[..., Any]) -> None:
