@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import math
 
 import pytest
@@ -75,6 +77,7 @@ def half_kernel(monkeypatch):
 
     monkeypatch.setattr(module, "on_gpu", lambda name, x: True)
     monkeypatch.setattr(softmax.PrefixSoftmax, "apply", apply)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
