@@ -97,6 +97,7 @@ def test_evaluation_on_other_pairs(table, tmp_path):
     found = json.loads(table.with_name("c.json").read_text())["eval"]
     assert found["same_pairs"] is False
     assert found["pairs"]["name"] == "other"
+    assert (found["metric"], found["ablation"]) == ("logit_diff", "resample")
 
 
 @pytest.mark.parametrize(
@@ -267,14 +268,14 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_process_that_is_stopped_or_killed_goes_on_to_the_same_bits(table, blow):
     more = ["--batch-size", "1", "--steps", "40", "--every", "0"]
     process = start(table, "c.json", *more)
     wait_for(table.with_name("c.json.checkpoint"), process)
     process.send_signal(blow)
     _, said = process.communicate(timeout=120)
-    if blow == signal.SIGINT:
+    if blow != signal.SIGKILL:
         assert process.returncode == 130
         assert "Traceback" not in said
         assert "--resume goes on from it" in said

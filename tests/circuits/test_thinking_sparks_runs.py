@@ -188,8 +188,14 @@ def test_tables_of_the_page():
     assert tables.cards(rows, "sft-heads-stay") == []
     named = tables.newcomers(rows, 0.05)
     assert named.loc[("switch", 1)].tolist() == ["0.1, 0.2", "none", 0]
+    by_threshold = tables.newcomers_by_threshold(rows, [0.05])
+    sets = tables.new_heads(rows, 0.05).values()
+    assert by_threshold.index.tolist() == [0.05]
+    assert by_threshold.SFT.item() == sum(len(found["SFT"]) for found in sets)
+    assert by_threshold[["GRPO", "in both"]].to_numpy().tolist() == [[0, 0]]
+    assert by_threshold["in either"].item() == by_threshold["in first layer"].item() == by_threshold.SFT.item()
     said = tables.findings([*rows, *judged.values()], 0.05)
     assert said[0].startswith(
-        "sharpen, means of 2 seeds: 2.0 emergent heads after SFT, 0.0 after GRPO, 0.0 after drift, 0.5"
+        "sharpen, means of 2 seeds at a threshold of 5.0%: 2.0 emergent heads after SFT, 0.0 after GRPO, 0.0 after drift, 0.5"
     )
     assert len(said) == 2 + len(claims.load("thinking-sparks"))

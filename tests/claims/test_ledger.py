@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from attnlab import claims, lab
+from attnlab import claims, lab, records
 from attnlab.claims import ClaimError, declaration
 
 TOML = """
@@ -238,6 +238,26 @@ class TestRows:
             ("circuit-reuse/overlap", "run", False),
             ("circuit-reuse/repair", "record", False),
         ]
+
+    def test_a_value_from_a_record_names_the_machine_and_the_day_of_the_record(self, tmp_path):
+        made = {
+            "schema": 1,
+            "command": "python -m somewhere",
+            "commit": "0123abc",
+            "date": "2026-01-02T03:04:05+00:00",
+            "machine": {"platform": "Linux", "cpus": 16, "gpu": "Some GPU"},
+            "versions": {"python": "3.9", "torch": "1.0"},
+            "rows": [],
+        }
+        (tmp_path / "gpu.json").write_text(json.dumps(made))
+        card = overlap(record=records.load("gpu", tmp_path))
+        assert "Seed 0; Some GPU; 2026-01-02" in repr(card)
+        (row,) = claims.rows()
+        assert {key: row[key] for key in ("machine", "versions", "date")} == {
+            key: made[key] for key in ("machine", "versions", "date")
+        }
+        assert (row["origin"], row["verdict"]) == ("record", "confirmed")
+        assert claims.measure("circuit-reuse/repair", 30)["origin"] == "run"
 
     def test_measuring_alone_writes_nothing(self):
         claims.measure("circuit-reuse/repair", 30)

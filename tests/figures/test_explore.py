@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from attnlab.circuits import HookedLM, Pair, Pairs, ungrouped
-from attnlab.circuits.work import EdgeWork, HeadWork
+from attnlab.circuits.work import EdgeWork, EvaluationWork, HeadWork
 from attnlab.figures.explore import CircuitPanel, charts, explorer_chart, study
 from attnlab.figures.explore.canvas import exported
 from attnlab.figures.explore.job import Job, Once
@@ -243,6 +243,16 @@ def test_a_second_button_waits_its_turn(panel):
     assert not panel.score_button.disabled
 
 
+def test_what_is_saved_says_how_it_was_measured(full):
+    """Not how the menus stand by then."""
+    full.ablation.value, full.metric.value = "resample", "prob_diff"
+    finished(full, full.measure())
+    full.ablation.value, full.metric.value = "zero", "logit_diff"
+    saved = json.loads(full._savable()["circuit"].text("json"))["eval"]
+    assert (saved["ablation"], saved["metric"]) == ("resample", "prob_diff")
+    assert "prob_diff, resample ablation" in full.worth.value
+
+
 # ------------------------------------------------------------------------------------------- cancel and interrupt
 
 
@@ -274,19 +284,22 @@ def test_cancel_is_heard_and_nothing_is_lost(full):
 
 @pytest.mark.parametrize("action", ["score_heads", "patch_heads", "find_circuit", "measure"])
 def test_real_work_can_be_cancelled(full, action, monkeypatch):
-    for kind in (HeadWork, EdgeWork):
-        plain = kind.steps
+    """In its first step, so that no later one may follow."""
+    for kind in (HeadWork, EdgeWork, EvaluationWork):
 
-        def slow(self, plain=plain):
+        def cancelled(self, plain=kind.steps):
             for done in plain(self):
                 full.cancel()
                 yield done
 
-        monkeypatch.setattr(kind, "steps", slow)
+        monkeypatch.setattr(kind, "steps", cancelled)
+    before = full.heads, full.exact, full.edges, full.evaluation
     job = getattr(full, action)()
-    full.cancel()
     full.wait()
-    assert job.work.done <= job.work.total
+    assert job.work.total > 1
+    assert job.work.done == 1
+    assert "cancelled, nothing was changed" in full.status.value
+    assert all(a is b for a, b in zip(before, (full.heads, full.exact, full.edges, full.evaluation), strict=True))
     assert not full.job.running
     assert full.cancel_button.disabled
 

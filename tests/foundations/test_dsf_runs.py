@@ -157,6 +157,13 @@ def test_the_needed_order_is_that_of_the_record():
     assert errors[1] < dsf_softmax.TOLERANCE <= errors[0]
     with pytest.raises(ValueError, match="float32"):
         dsf_softmax.needed_order(torch.zeros(3, 3))
+    seen, hidden = torch.zeros(2, 3, 3, dtype=torch.float64).unbind()
+    hidden[0, 2], seen[2, 0] = -torch.inf, torch.nan
+    assert int(dsf_softmax.needed_order(hidden)) == 0  # the future may hold anything
+    with pytest.raises(ValueError, match="scores: NaN or infinite numbers where a query may read; leave such"):
+        dsf_softmax.needed_order(seen)
+    with pytest.raises(ValueError, match="values: NaN or infinite"):
+        dsf_softmax.needed_order(hidden, seen)
 
 
 def test_a_pattern_gives_its_logits_back_centred():

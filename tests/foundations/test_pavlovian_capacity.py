@@ -9,6 +9,9 @@ from attnlab.foundations import pavlovian as chapter
 from attnlab.foundations import pavlovian_capacity as store
 from attnlab.foundations import pavlovian_keys as keys
 
+NAN = torch.eye(3)[None, :2] * torch.tensor([1, 1, float("nan")])  # [1, 2, 3]
+NAN[0, 0, 2] = 0
+
 
 def unit(*shape, seed=0):
     return store.sphere(torch.Generator().manual_seed(seed), *shape).double()
@@ -98,6 +101,14 @@ def test_random_keys_are_random_and_one_direction_is_not():
     [
         (lambda: store.crosstalk(torch.ones(3, 4), torch.ones(3, 1)), "k: norms up to 2, but unit keys are wanted"),
         (lambda: store.crosstalk(torch.ones(0, 4), torch.ones(0, 1)), "k: shape"),
+        (
+            lambda: store.crosstalk(NAN, torch.ones(1, 2, 1)),
+            "k: 1 of 6 numbers are NaN or infinite; leave such pairs out",
+        ),
+        (lambda: store.noise_power(unit(1, 2, 3), NAN), "v: 1 of 6 numbers are NaN or infinite"),
+        (lambda: store.failing_draws(NAN, torch.ones(1, 2, 1), 2), "k: 1 of 6 numbers are NaN or infinite"),
+        (lambda: store.failing_draws(unit(1, 2, 3), unit(1, 2, 3), 3), "n=3: from 1 to 2 pairs are there; draw more"),
+        (lambda: store.failing_draws(unit(1, 2, 3), unit(1, 2, 3), 0), "n=0: from 1 to 2 pairs are there"),
         (lambda: store.guaranteed(0), "d_k=0 must be a positive number"),
         (lambda: store.guaranteed(64, float("nan")), "epsilon=nan must be a positive number"),
         (lambda: store.error_bound(1, 1, 32, 64), "n=32 must be below delta"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from attnlab import claims
+from attnlab import claims, records
 from attnlab.foundations import pointer_networks_runs as runs
 from attnlab.foundations import pointer_tasks as tasks
 from attnlab.foundations import pointer_verdicts as verdicts
@@ -64,7 +64,19 @@ def test_verdicts_take_the_numbers_that_they_say():
     assert judged["interval"] == pytest.approx((70, 72))
     assert judged["controls"]["softmax"][0] == pytest.approx(11)
     assert claims.measure("pointer-networks/ordering", **judged)["verdict"] == "confirmed"
+    assert verdicts.three_lstms(rows, n=5) == judged
+    with pytest.raises(ValueError, match="n=50: no row of blending attention, fixed softmax, pointer; ask for a size"):
+        verdicts.three_lstms(rows, n=50)
 
+
+def test_the_rule_of_the_order_sees_one_seed_at_the_papers_size():
+    record = records.load("pointer-networks-paper")
+    judged = verdicts.three_lstms(verdicts.score_rows(record, "hull 50"), n=50)
+    assert judged["interval"] == pytest.approx((72.4, 72.4))
+    assert claims.measure("pointer-networks/ordering", **judged, seeds=[0])["verdict"] == "confirmed"
+
+
+def test_verdicts_of_one_network_take_the_numbers_that_they_say():
     exact, by = np.array([True, True, False, False] * 10), np.array([4.0, 3.0, 2.0, 1.0] * 10)
     assert verdicts.halves(exact, by)[0] == 100
     assert verdicts.halves(exact, -by)[0] == -100

@@ -194,6 +194,16 @@ def test_rounds_end_with_the_result_and_wires_explain_them(algorithm):
         assert {(place, place) for place in range(8)} <= set(stage)
     with pytest.raises(ValueError, match="algorithm: 'bubble' is unknown"):
         handmade.rounds("bubble", x)
+    with pytest.raises(ValueError, match="x: 1 of 8 numbers are NaN or infinite; leave such lists out"):
+        handmade.rounds(algorithm, torch.where(torch.arange(8) == 3, torch.nan, x))
+    with pytest.raises(ValueError, match=r"x: one list \[n\] is wanted, not shape \[1, 8\]"):
+        handmade.rounds(algorithm, x[None])
+
+
+@pytest.mark.parametrize("build", [handmade.prefix_min, handmade.cumulative_sum])
+def test_no_place_is_no_network(build):
+    with pytest.raises(ValueError, match="length: at least one place is wanted, not 0"):
+        build(0)
 
 
 # ------------------------------------------------------------------------------------------------------- the experiments

@@ -118,7 +118,15 @@ def test_wide_heads_come_in_shorter_chunks():
 
 def test_pieces_are_chosen_where_four_walks_pay(monkeypatch):
     monkeypatch.setattr(gates, "multiprocessors", lambda device: 132)
-    for batch, length, pieces in ((1, 65_536, 33), (64, 65_536, 1), (4, 65_536, 8), (8, 65_536, 4), (9, 65_536, 1), (1, 4096, 8), (1, 1024, 1)):
+    for batch, length, pieces in (
+        (1, 65_536, 33),
+        (64, 65_536, 1),
+        (4, 65_536, 8),
+        (8, 65_536, 4),
+        (9, 65_536, 1),
+        (1, 4096, 8),
+        (1, 1024, 1),
+    ):
         q = torch.empty(1).expand(batch, length, 16, 128)
         assert gates.pieces_for(q) == pieces, (batch, length)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 
+from attnlab.kernels import aaren_scan as module
 from attnlab.kernels.aaren_scan import aaren_scan
 from attnlab.mixers import Summary, aaren
 
@@ -63,6 +65,44 @@ def test_half_precision_is_computed_in_single_and_returned_in_half(draw):
     assert rest.dtype == torch.float16
 
 
+@pytest.fixture
+def half_kernel(monkeypatch):
+    """The way of a GPU, with the torch form for the kernel: outputs in the dtype of the values, the end of the last in float32."""
+    softmax = pytest.importorskip("attnlab.kernels.prefix_softmax")
+
+    def apply(s, v, cut):
+        o, _ = aaren(s, v.float())
+        return o.to(v.dtype), s.logcumsumexp(1), o[:, -1]
+
+    monkeypatch.setattr(module, "on_gpu", lambda name, x: True)
+    monkeypatch.setattr(softmax.PrefixSoftmax, "apply", apply)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("way", ["torch form", "kernel"])
+def test_a_long_stream_does_not_stall_in_half_precision(way, dtype, request):
+    """A past of 10,000 ones, then twos: each moves the mean by 1e-4, which half precision cannot tell from 1."""
+    if way == "kernel":
+        request.getfixturevalue("half_kernel")
+    past = Summary(torch.zeros(1, 1), torch.full((1, 1), 1e4), torch.full((1, 1, 3), 1e4))
+    s, two = torch.zeros(1, 1, 1), torch.full((1, 1, 1, 3), 2, dtype=dtype)
+    for n in range(1, 64):
+        o, past = aaren_scan(s, two, initial=past)
+        mean = torch.full((1, 1, 3), 1 + n / (1e4 + n))
+        torch.testing.assert_close(past.w / past.u[..., None], mean, rtol=1e-6, atol=0)
+        assert torch.equal(o[:, 0], mean.to(dtype))
+    assert {x.dtype for x in past} == {torch.float32}
+
+
+def test_scores_in_single_beside_values_in_half(draw):
+    s, v = draw(B, 37, H), draw(B, 37, H, V).bfloat16()
+    o, _ = aaren_scan(s.float(), v)
+    wanted, _ = aaren(s.float().double(), v.double())
+    assert o.dtype == torch.bfloat16
+    torch.testing.assert_close(o.double(), wanted, rtol=8e-3, atol=1e-4)
+
+
 def test_tokens_without_weight(draw):
     s, v = draw(B, 37, H), draw(B, 37, H, V)
     s[:, :5] = -math.inf
@@ -86,7 +126,29 @@ def test_bad_input_is_named(draw):
         aaren_scan(s, v, initial=Summary(past.m, past.u, past.w[..., 1:]))
     with pytest.raises(ValueError, match="s: on meta"):
         aaren_scan(s.to("meta"), v)
+    with pytest.raises(ValueError, match=r"initial\.m: on meta, but v is on cpu; move one of them"):
+        aaren_scan(s, v, initial=Summary(past.m.to("meta"), past.u, past.w))
     with pytest.raises(ValueError, match=r"T"):
         aaren_scan(s[:, :0], v[:, :0])
     with pytest.raises(ValueError, match=r"NaN or \+inf"):
         aaren_scan(s.log(), v)
+
+
+def test_dtypes_that_do_not_fit_are_refused(draw):
+    s, v = draw(B, 37, H), draw(B, 37, H, V)
+    past = aaren_scan(s, v)[1]
+    with pytest.raises(ValueError, match=r"v: dtype torch\.int64, but a floating dtype is wanted; cast it"):
+        aaren_scan(s.long(), v.long())
+    with pytest.raises(ValueError, match=r"s: dtype torch\.int64, but v has torch\.float64; cast one of them"):
+        aaren_scan(s.long(), v)
+    for scores, values in (
+        (s, v.float()),
+        (s, v.half()),
+        (s.float(), v),
+        (s.half(), v.float()),
+        (s.half(), v.bfloat16()),
+    ):
+        with pytest.raises(ValueError, match=rf"s: dtype {scores.dtype}, but v has {values.dtype}; cast one of them"):
+            aaren_scan(scores, values)
+    with pytest.raises(ValueError, match=r"initial\.u: dtype torch\.int64, but a floating dtype is wanted; cast it"):
+        aaren_scan(s, v, initial=past._replace(u=past.u.long()))

@@ -12,7 +12,7 @@ import torch
 
 from attnlab.kernels import records
 from attnlab.kernels.bench import measure, peers, problems, report
-from attnlab.kernels.bench.__main__ import main
+from attnlab.kernels.bench.__main__ import lacking, main
 from attnlab.kernels.bench.peers import Implementation, Run
 from attnlab.kernels.bench.registry import CASES, MAIN, MANY_ROWS, NARROW, OPERATORS, TINY
 
@@ -74,6 +74,7 @@ def test_the_record_says_where_it_comes_from(finished):
     assert record["versions"]["torch"] == torch.__version__
     assert record["settings"]["FLA_TILELANG"] == "0"
     assert "stopped" not in record
+    assert record["lacks"] == []
     loaded = records.load("kernels", folder)
     assert loaded is not None
     assert loaded.changed() == []
@@ -90,7 +91,10 @@ def test_a_budget_stops_between_shapes_and_still_writes(tmp_path, capsys):
     record = json.loads((tmp_path / "cut.json").read_text())
     assert record["rows"] == []
     assert record["stopped"].endswith("before linear_decay, lightning decay, B=2 T=96 H=2 K=16 V=16")
-    assert record["stopped"] in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert record["stopped"] in told
+    assert "complete" not in told
+    assert "linear_decay, lightning decay, attnlab: 2 of 2 shapes" in record["lacks"]
 
 
 def test_unknown_operators_are_refused(capsys):
@@ -324,6 +328,33 @@ def test_an_operator_whose_code_changed_is_measured_anew(finished, tmp_path):
     assert len(rows) == len(whole["rows"])
     assert {(row["operator"], row["impl"]) for row in rows if "commit" not in row} == {("causal_flow", "attnlab")}
     assert {row["commit"] for row in rows if "commit" in row} == {"older"}
+
+
+def test_a_resumed_run_of_one_operator_tells_what_the_others_lack(finished, tmp_path, capsys):
+    """The budget had cut gates off; a later run of causal flow alone does not make the record whole."""
+    whole, _ = finished
+    first, second, third = (tmp_path / f"{name}.json" for name in ("first", "second", "third"))
+    cut = [row for row in whole["rows"] if row["operator"] not in ("scalar_gated", "causal_flow")]
+    first.write_text(json.dumps(whole | {"rows": cut, "stopped": "after 9 s, before scalar_gated, gates, TINY"}))
+    gates = ["scalar_gated, gates, attnlab: 2 of 2 shapes", "scalar_gated, gates, torch parallel: 2 of 2 shapes"]
+
+    main(["--operators", "causal_flow", "--resume", str(first), "--out", str(second)])
+    record, told = json.loads(second.read_text()), capsys.readouterr().out
+    assert record["lacks"] == gates
+    assert "complete" not in told
+    assert all(line in told for line in gates)
+
+    main(["--operators", "scalar_gated", "--resume", str(second), "--out", str(third)])
+    assert json.loads(third.read_text())["lacks"] == []
+    assert capsys.readouterr().out.endswith("complete\n")
+
+
+def test_a_shape_that_nobody_measured_is_counted(finished):
+    whole, _ = finished
+    some = [row for row in whole["rows"] if row["operator"] != "aaren_scan" or row["shape"]["T"] == 96]
+    wanted = [x.name for late in (False, True) for x in AAREN.standing(TINY[1], "cpu", compiles=late)]
+    assert lacking(some, "cpu") == [f"aaren_scan, one query, {name}: 1 of 2 shapes" for name in wanted]
+    assert "aaren_scan, one query, SDPA flash, query repeated: 13 of 13 shapes" in lacking([], "cuda")
 
 
 def test_every_operator_tells_what_it_depends_on():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -65,3 +67,25 @@ def test_bad_input_is_refused(qkv):
         causal_flow(q, k.to("meta"), v)
     with pytest.raises(ValueError, match=r"q: shape \(63, 3, 12\) has 3 axes, but \[B, T, H, K\] is wanted"):
         causal_flow(q[0], k[0], v[0])
+    with pytest.raises(ValueError, match="K=257 is wider than a program can hold; use heads of at most 256 channels"):
+        causal_flow(*(x[..., :1].expand(-1, -1, -1, 257) for x in (q, k)), v)
+    with pytest.raises(ValueError, match="V=300 is wider than a program can hold; use heads of at most 256 channels"):
+        causal_flow(q, k, v[..., :1].expand(-1, -1, -1, 300))
+    with pytest.raises(ValueError, match=r"k: dtype torch\.float32, but q has torch\.float64; cast one of them"):
+        causal_flow(q, k.float(), v)
+    with pytest.raises(ValueError, match=r"v: dtype torch\.float16, but q has torch\.float64; cast one of them"):
+        causal_flow(q, k, v.half())
+    with pytest.raises(ValueError, match=r"q: dtype torch\.int64, but a floating dtype is wanted; cast it"):
+        causal_flow(q.long(), k.long(), v.long())
+
+
+@pytest.mark.parametrize("clamp", [None, -1.0, 0, math.inf, math.nan])
+def test_a_clamp_that_bounds_nothing_is_refused(clamp, qkv):
+    """The mixer takes None, the kernel's sums of exponentials would overflow."""
+    with pytest.raises(ValueError, match=rf"clamp={clamp} must be positive and finite; .*takes None for no bound"):
+        causal_flow(*qkv, clamp=clamp)
+
+
+def test_the_widest_heads_run(qkv):
+    q, k, v = (x[..., :1].expand(-1, -1, -1, 256) for x in qkv)
+    assert torch.equal(causal_flow(q, k, v), causal_flow_attention(q, k, v)[0])

@@ -21,7 +21,7 @@ from attnlab.kernels import dispatch
 from attnlab.kernels.aaren_scan import aaren_scan
 from attnlab.kernels.causal_flow import causal_flow
 from attnlab.kernels.linear_decay import linear_decay_attention
-from attnlab.mixers import aaren, causal_flow_attention, recurrence
+from attnlab.mixers import Summary, aaren, causal_flow_attention, recurrence
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -216,15 +216,18 @@ def test_long_sequences_in_pieces(case, draw):
     below(found, LIMITS[case.dtype])
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[10], LONG[0], LONG[5]], ids=str)
-def test_the_same_inputs_give_the_same_bits(case, draw):
-    """No atomics anywhere, so a difference is a race."""
-    x, d = inputs(case, draw), upstream(case, draw)
-    first = everything(lambda y: kernel(case, y), x, d)
+def repeats(form, x: dict[str, Tensor], d: list[Tensor]) -> None:
+    """Ten runs more have the bits of the first. No atomics anywhere, so a difference is a race."""
+    first = everything(form, x, d)
     for _ in range(10):
-        again = everything(lambda y: kernel(case, y), x, d)
+        again = everything(form, x, d)
         different = [name for name in first if not torch.equal(first[name], again[name])]
         assert not different, different
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[10], LONG[0], LONG[5]], ids=str)
+def test_the_same_inputs_give_the_same_bits(case, draw):
+    repeats(lambda y: kernel(case, y), inputs(case, draw), upstream(case, draw))
 
 
 def test_the_state_may_be_left_out(draw):
@@ -335,22 +338,67 @@ def test_a_gpu_that_is_not_the_current_one(draw):
     assert torch.equal(o.cpu(), wanted.cpu())
 
 
-@pytest.mark.parametrize("length", [1000, 32_768])
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
-def test_aaren_scan(dtype, length, draw):
-    x = {"s": 2 * draw(1, length, 4), "v": draw(1, length, 4, 64).to(dtype)}
-    x = {name: part.requires_grad_() for name, part in x.items()}
-    d = [draw(1, length, 4, 64).to(dtype)]
-    got = everything(lambda y: [aaren_scan(y["s"], y["v"])[0]], x, d)
-    wanted = everything(lambda y: [aaren(y["s"], y["v"], chunk_size=256)[0]], doubled(x), d)
-    below(errors(got, wanted), LIMITS[dtype])
+def scan_inputs(draw, dtype: torch.dtype, length: int, width: int) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Scores in float32 and values, as leaves by name, and the gradients of the outputs and of the mean of all tokens."""
+    x = {"s": 2 * draw(1, length, 4), "v": draw(1, length, 4, width).to(dtype)}
+    d = [draw(1, length, 4, width).to(dtype), draw(1, 4, width)]
+    return {name: part.requires_grad_() for name, part in x.items()}, d
 
 
-@pytest.mark.parametrize("length", [1000, 4096])
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
-def test_causal_flow(dtype, length, draw):
-    x = {name: draw(1, length, 3, 64).to(dtype).requires_grad_() for name in "qkv"}
-    d = [draw(1, length, 3, 64).to(dtype)]
+def scan(form, x: dict[str, Tensor], **options) -> list[Tensor]:
+    """Outputs, and the mean that the summary of all tokens stands for; its unit is each form's own."""
+    o, end = form(x["s"], x["v"], **options)
+    return [o, end.w / end.u[..., None]]
+
+
+@pytest.mark.parametrize(("length", "width"), [(20, 64), (1000, 64), (32_768, 64), (1000, 40)])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16])
+def test_aaren_scan(dtype, length, width, draw):
+    x, d = scan_inputs(draw, dtype, length, width)
+    got = everything(lambda y: scan(aaren_scan, y), x, d)
+    wanted = everything(lambda y: scan(aaren, y, chunk_size=256), doubled(x), d)
+    found = errors(got, wanted)
+    assert found["output 1"] < LIMITS[FLOAT32]  # the summary is not rounded to the dtype of the values
+    below(found, LIMITS[dtype])
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16])
+def test_aaren_scan_carries_a_long_past(dtype, draw):
+    """Next to a weight of 1e4, what few tokens change is less than half precision can tell from the mean."""
+    x, d = scan_inputs(draw, dtype, 37, 40)
+    x |= {
+        name: torch.full((1, 4, *last), 1e4, device="cuda").requires_grad_() for name, last in (("u", ()), ("w", (40,)))
+    }
+
+    def after(form, y: dict[str, Tensor]) -> list[Tensor]:
+        return scan(form, y, initial=Summary(torch.zeros_like(y["u"]), y["u"], y["w"]))
+
+    got, wanted = everything(lambda y: after(aaren_scan, y), x, d), everything(lambda y: after(aaren, y), doubled(x), d)
+    found = errors(got, wanted)
+    assert found["output 1"] < 1e-6
+    below(found, LIMITS[dtype])
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16])
+def test_aaren_scan_gives_the_same_bits(dtype, draw):
+    """One long sequence: three levels of chunks forward, and backward pieces that wait for each other's sums."""
+    from attnlab.kernels.prefix_softmax import pieces_for
+
+    x, d = scan_inputs(draw, dtype, 32_768, 40)
+    assert pieces_for(x["s"])[0] > 1
+    repeats(lambda y: scan(aaren_scan, y), x, d)
+
+
+def flow_inputs(draw, dtype: torch.dtype, length: int, width: int) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Leaves by name, and the gradient of the outputs."""
+    x = {name: draw(1, length, 3, width).to(dtype).requires_grad_() for name in "qkv"}
+    return x, [draw(1, length, 3, width).to(dtype)]
+
+
+@pytest.mark.parametrize(("length", "width"), [(1000, 64), (4096, 64), (1000, 40), (4096, 40)])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16])
+def test_causal_flow(dtype, length, width, draw):
+    x, d = flow_inputs(draw, dtype, length, width)
     got = everything(lambda y: [causal_flow(y["q"], y["k"], y["v"])], x, d)
     wanted = everything(lambda y: [causal_flow_attention(y["q"], y["k"], y["v"])[0]], doubled(x), d)
     found = errors(got, wanted)
@@ -358,6 +406,16 @@ def test_causal_flow(dtype, length, draw):
     if dtype == BFLOAT16:
         torchs = errors(everything(lambda y: [flow_in_torch(y)], x, d), wanted)
         below(found, {name: 2 * error for name, error in torchs.items()})
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16])
+def test_causal_flow_gives_the_same_bits(dtype, draw):
+    """Three long sequences: several pieces each, and four walks that sum for each other."""
+    from attnlab.kernels.flow_gates import pieces_for
+
+    x, d = flow_inputs(draw, dtype, 16_384, 40)
+    assert pieces_for(x["q"]) > 1
+    repeats(lambda y: [causal_flow(y["q"], y["k"], y["v"])], x, d)
 
 
 def flow_in_torch(x: dict[str, Tensor]) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnlab.kernels.linear_decay import WIDEST, linear_decay_attention
+from attnlab.kernels.arguments import WIDEST
+from attnlab.kernels.linear_decay import linear_decay_attention
 from attnlab.mixers import recurrence
 
 B, T, H, K, V = 2, 63, 3, 12, 20
@@ -218,7 +219,19 @@ BAD = {
         "initial_state: on meta, but q is on cpu; move one of them",
     ),
     "two dtypes": ({"v": ones(B, T, H, V).float()}, "v: dtype torch.float32, but q has torch.float64; cast one of"),
-    "integers": (LONG, "q: dtype torch.int64, but a floating dtype is wanted; cast q, k and v"),
+    "integers": (LONG, "q: dtype torch.int64, but a floating dtype is wanted; cast it"),
+    "whole decays": (
+        {"log_decay": torch.zeros(H, dtype=torch.long)},
+        "log_decay: dtype torch.int64, but a floating dtype",
+    ),
+    "a whole state": (
+        {"initial_state": torch.ones(B, H, K, V, dtype=torch.int32)},
+        "initial_state: dtype torch.int32, but a floating dtype is wanted; cast it",
+    ),
+    **{
+        f"scale {scale}": ({"scale": scale}, f"scale={scale} must be finite and not 0; leave it out for K ** -0.5")
+        for scale in (0, math.nan, math.inf, -math.inf)
+    },
     "state of another batch": (
         {"initial_state": ones(B + 1, H, K, V)},
         "initial_state: shape (3, 3, 12, 20), but [N, H, K, V] = (2, 3, 12, 20) is wanted",

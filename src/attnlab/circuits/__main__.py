@@ -182,7 +182,7 @@ def run(options: argparse.Namespace) -> None:
                 model, circuit, scores, judges, metric=metric, ablation=options.ablation, batch_size=options.batch_size
             )
             evaluation = keeper.complete("evaluation", judge, asked)
-    made = report.Report(model, pairs, scores, circuit, evaluation, judges, settings["scores"], options.ablation)
+    made = report.Report(model, pairs, scores, circuit, evaluation, judges, settings["scores"])
     report.write(options.out, made.text(options.format or report.format_of(options.out)))
     keeper.path.unlink(missing_ok=True)
     print(made.summary(options.out))

@@ -1,4 +1,4 @@
-"""What the chapter ``circuits/circuit-reuse`` keeps: exact paths between all heads of SmolLM2, and how well EAP-IG foresees exact patching.
+"""What the chapter ``circuits/circuit-reuse`` keeps: exact paths from every head of SmolLM2 in two stages, exact patching, and EAP-IG.
 
 ``python -m attnlab.circuits.circuit_reuse_runs --record records/circuit-reuse.json`` takes three tasks through three measurements:
 every head's direct path into the logits, every head's path into the queries of the strongest of those, and exact patching of every

@@ -69,7 +69,6 @@ class Report:
     evaluation: Evaluation | None
     judges: Pairs
     settings: dict[str, Any]
-    ablation: str
 
     def text(self, form: str) -> str:
         """The file's content; CSV has one row an edge or head, with all scores and whether it belongs to the circuit."""
@@ -112,12 +111,13 @@ class Report:
         """The evaluation as plain numbers; empty without one."""
         if self.evaluation is None:
             return {}
-        faithful, completeness, curve = self.evaluation
+        faithful, completeness, curve, metric, ablation = self.evaluation
         columns = [name for name in ("n_heads", "n_edges", "kept") if name in curve.frame]
         return {
             "pairs": {"name": self.judges.name, "n": len(self.judges), "hash": self.judges.digest},
             "same_pairs": self.judges.digest == self.pairs.digest,
-            "ablation": self.ablation,
+            "metric": metric,
+            "ablation": ablation,
             "faithfulness": faithful.ratio_of_means,
             "faithfulness_interval": list(faithful.interval()) if len(self.judges) > 1 else None,
             "completeness": completeness,
@@ -146,7 +146,7 @@ class Report:
             on = "the same pairs, which flatters" if worth["same_pairs"] else f"other pairs ({len(self.judges)})"
             lines.append(
                 f"faithfulness {with_interval(faithful)}, completeness {worth['completeness']:.2f}, "
-                f"{self.ablation} ablation, on {on}"
+                f"{self.evaluation.ablation} ablation, on {on}"
             )
             unit = "n_heads" if "n_heads" in worth["curve"][0] else "n_edges"
             points = ", ".join(f"{point[unit]}: {point['faithfulness']:.2f}" for point in worth["curve"])

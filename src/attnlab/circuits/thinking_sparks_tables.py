@@ -72,18 +72,47 @@ def cards(rows: Sequence[dict[str, Any]], *ids: str) -> list[claims.Card]:
     return [claims.Card(claims.get(name), by_name[name]) for name in names if name in by_name]  # type: ignore[arg-type]
 
 
-def newcomers(rows: Sequence[dict[str, Any]], tau: float = ts.TAU) -> pd.DataFrame:
-    """Which heads emerged under SFT and under GRPO by the last update, by regime and seed: columns ``SFT, GRPO, in both``."""
+NewHeads = dict[tuple[str, int], dict[str, set[tuple[int, int]]]]
+
+
+def new_heads(rows: Sequence[dict[str, Any]], tau: float = ts.TAU) -> NewHeads:
+    """Heads ``(layer, head)`` that emerged under SFT and under GRPO by the last update, by regime and seed."""
     runs = timelines(rows)
-    found = {}
+    found: NewHeads = {}
     for regime, seed in dict.fromkeys((regime, seed) for regime, _, seed in runs):
-        sets = {}
+        found[regime, seed] = {}
         for method in ("SFT", "GRPO"):
             shares = runs[regime, method, seed].shares
-            sets[method] = {f"{la}.{h}" for la, h in np.argwhere(ts.emergent(shares[-1], shares[0], tau))}
-        named = {method: ", ".join(sorted(heads)) or "none" for method, heads in sets.items()}
-        found[regime, seed] = named | {"in both": len(sets["SFT"] & sets["GRPO"])}
+            heads = np.argwhere(ts.emergent(shares[-1], shares[0], tau))
+            found[regime, seed][method] = {(int(layer), int(head)) for layer, head in heads}
+    return found
+
+
+def newcomers(rows: Sequence[dict[str, Any]], tau: float = ts.TAU) -> pd.DataFrame:
+    """Names of :func:`new_heads`, by regime and seed: columns ``SFT, GRPO, in both``."""
+    found = {}
+    for run, sets in new_heads(rows, tau).items():
+        named = {method: ", ".join(sorted(f"{la}.{h}" for la, h in heads)) or "none" for method, heads in sets.items()}
+        found[run] = named | {"in both": len(sets["SFT"] & sets["GRPO"])}
     return pd.DataFrame.from_dict(found, orient="index").rename_axis(["regime", "seed"])
+
+
+def newcomers_by_threshold(rows: Sequence[dict[str, Any]], taus: Sequence[float] = ts.TAUS) -> pd.DataFrame:
+    """Heads that emerged, added up over regimes and seeds, by threshold.
+
+    Columns ``SFT, GRPO, in both, in either, in first layer``; the last counts those in either that lie in layer 0.
+    """
+    found = {}
+    for tau in taus:
+        pairs = [(sets["SFT"], sets["GRPO"]) for sets in new_heads(rows, tau).values()]
+        found[tau] = {
+            "SFT": sum(len(sft) for sft, _ in pairs),
+            "GRPO": sum(len(grpo) for _, grpo in pairs),
+            "in both": sum(len(sft & grpo) for sft, grpo in pairs),
+            "in either": sum(len(sft | grpo) for sft, grpo in pairs),
+            "in first layer": sum(layer == 0 for sft, grpo in pairs for layer, _ in sft | grpo),
+        }
+    return pd.DataFrame.from_dict(found, orient="index").rename_axis("threshold")
 
 
 def findings(rows: Sequence[dict[str, Any]], tau: float = ts.TAU) -> list[str]:
@@ -94,7 +123,7 @@ def findings(rows: Sequence[dict[str, Any]], tau: float = ts.TAU) -> list[str]:
     for regime in dict.fromkeys(table.index.get_level_values(0)):
         new = table.loc[regime].emergent
         said.append(
-            f"{regime}, means of {seeds} seeds: {new['SFT']:.1f} emergent heads after SFT, {new['GRPO']:.1f} after GRPO, "
+            f"{regime}, means of {seeds} seeds at a threshold of {tau:.1%}: {new['SFT']:.1f} emergent heads after SFT, {new['GRPO']:.1f} after GRPO, "
             f"{new['drift']:.1f} after drift, {new[AGAIN]:.1f} between two prompt samples of the base"
         )
     for card in cards(rows, *claims.load("thinking-sparks")):

@@ -220,11 +220,14 @@ class Evaluation(NamedTuple):
     """What a circuit is worth on some pairs, and what smaller and larger ones of the same scores are worth.
 
     ``curve.frame`` has the columns of :func:`~attnlab.circuits.faithfulness.sparsity_curve`, and ``n_heads`` for lists of heads.
+    ``metric`` and ``ablation`` say how it was measured.
     """
 
     faithfulness: Faithfulness
     completeness: float
     curve: SparsityCurve
+    metric: str
+    ablation: Ablation
 
 
 class EvaluationWork(Work):
@@ -286,7 +289,8 @@ class EvaluationWork(Work):
         curve = curve_of(self.counts, self.curve, others)
         if self.heads:
             curve.frame.insert(0, "n_heads", self.heads)
-        return Evaluation(first, 1 - rest.ratio_of_means, curve)
+        metric = getattr(self.metric, "__name__", repr(self.metric))
+        return Evaluation(first, 1 - rest.ratio_of_means, curve, metric, self.ablation)
 
 
 def head_circuit(model: HookedLM, scores: Scores, n: int) -> Graph:

@@ -14,6 +14,7 @@ from attnlab import lab
 from attnlab.claims.card import Card
 from attnlab.claims.declaration import Claim, Verdict, declared, get, load
 from attnlab.claims.rules import ClaimError, Measurement
+from attnlab.records import Record
 
 Interval = tuple[float, float]
 Control = float | tuple[float, Interval]
@@ -50,6 +51,7 @@ def check(
     controls: Mapping[str, Control] | None = None,
     seeds: Sequence[int] | None = None,
     seconds: float | None = None,
+    record: Record | None = None,
 ) -> Card:
     """Judge a measurement by the claim's declared rule, record it, and return the card that shows both.
 
@@ -60,6 +62,8 @@ def check(
         controls: every control that the claim declares: a number that is exact, or ``(value, (lo, hi))``.
         seeds: the seeds used; left out, those that the claim declares.
         seconds: how long the measurement took.
+        record: what the value was computed from, if it was not measured now: the row and its card name the record's
+            machine, versions and date.
 
     Returns:
         the card. The row is in ``<out>/claims/<slug>--<id>.json``.
@@ -69,7 +73,7 @@ def check(
             control that is missing or superfluous, rules that hold at once. The message names the claim.
     """
     claim = get(name)
-    row = measure(name, value, interval=interval, controls=controls, seeds=seeds, seconds=seconds)
+    row = measure(name, value, interval=interval, controls=controls, seeds=seeds, seconds=seconds, record=record)
     lab.write_json(lab.out_dir() / "claims" / f"{claim.slug}--{claim.id}.json", row)
     return Card(claim, row)
 
@@ -83,8 +87,12 @@ def measure(
     seeds: Sequence[int] | None = None,
     seconds: float | None = None,
     origin: Literal["run", "record"] = "run",
+    record: Record | None = None,
 ) -> Row:
-    """The row that :func:`check` would write, without writing it: a command that makes a record collects these."""
+    """The row that :func:`check` would write, without writing it: a command that makes a record collects these.
+
+    ``origin`` is for such a command, which measures here and now; ``record`` for values that come out of a record.
+    """
     claim = get(name)
     try:
         measured = _measurement("value", value, interval)
@@ -103,10 +111,10 @@ def measure(
         "rule_hash": claim.rule_hash,
         "seeds": [int(seed) for seed in (claim.seeds if seeds is None else seeds)],
         "seconds": took,
-        "machine": lab.machine(),
-        "versions": lab.versions(),
-        "date": lab.now(),
-        "origin": origin,
+        "machine": lab.machine() if record is None else record.machine,
+        "versions": lab.versions() if record is None else record.versions,
+        "date": lab.now() if record is None else record.date,
+        "origin": origin if record is None else "record",
     }
 
 

@@ -31,11 +31,16 @@ def needed_order(scores: Tensor, values: Tensor | None = None, *, tolerance: flo
         orders [...]; :data:`HIGHEST` + 2 where none suffices.
 
     Raises:
-        ValueError: scores that are not float64, whose sums of large terms with both signs would drown.
+        ValueError: scores that are not float64, whose sums of large terms with both signs would drown; visible scores or
+            values that are not finite.
     """
     if scores.dtype != torch.float64:
         raise ValueError(f"scores: dtype {scores.dtype}, but large terms cancel here; cast to float64")
     above = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    scores = scores.masked_fill(above, 0)  # whatever stood there, -inf too
+    for name, x in (("scores", scores), ("values", values)):
+        if x is not None and not x.isfinite().all():  # no order would ever suffice
+            raise ValueError(f"{name}: NaN or infinite numbers where a query may read; leave such sequences out")
     exact = scores.masked_fill(above, -torch.inf).softmax(-1)
     term = torch.ones_like(scores).masked_fill(above, 0)
     total, found = term.clone(), torch.full(scores.shape[:-2], HIGHEST + 2)

@@ -33,17 +33,25 @@ def crosstalk(k: Tensor, v: Tensor) -> Tensor:
     k [..., n, K] of unit norm, v [..., n, V] -> [..., n, V].
 
     Raises:
-        ValueError: no pairs, or keys that are not unit vectors: then norms would be measured, not cross-talk.
+        ValueError: no pairs, numbers that are not finite, or keys that are not unit vectors: then norms would be measured,
+            not cross-talk.
     """
     if k.ndim < 2 or 0 in k.shape:
         raise ValueError(f"k: shape {tuple(k.shape)}, but [..., n, K] with at least one pair is wanted")
+    for name, x in (("k", k), ("v", v)):  # NaN is below every limit, so a failed retrieval would pass for a success
+        if wrong := int((~x.isfinite()).sum()):
+            raise ValueError(f"{name}: {wrong} of {x.numel()} numbers are NaN or infinite; leave such pairs out")
     if float((k.norm(dim=-1) - 1).abs().max()) > 1e-3:
         raise ValueError(f"k: norms up to {k.norm(dim=-1).max():.3g}, but unit keys are wanted; divide by their norms")
     return (k @ k.mT) @ v - v
 
 
 def noise_power(k: Tensor, v: Tensor) -> Tensor:
-    """Squared norm of the cross-talk of each pair, [..., n]; a retrieval *fails* where it reaches delta (the paper's criterion)."""
+    """Squared norm of the cross-talk of each pair, [..., n]; a retrieval *fails* where it reaches delta (the paper's criterion).
+
+    Raises:
+        ValueError: what :func:`crosstalk` refuses.
+    """
     return crosstalk(k, v).square().sum(-1)
 
 
@@ -89,7 +97,13 @@ def random_pairs(seed: int, draws: int, n: int, d_k: int, d_v: int = D_V) -> tup
 
 
 def failing_draws(k: Tensor, v: Tensor, n: int, delta: float = DELTA) -> float:
-    """Share of the draws in which any of the first n pairs fails."""
+    """Share of the draws, k [R, N, K] and v [R, N, V], in which any of the first n of the N pairs fails.
+
+    Raises:
+        ValueError: n below 1 or above N, or what :func:`crosstalk` refuses.
+    """
+    if not 1 <= n <= k.shape[1]:
+        raise ValueError(f"n={n}: from 1 to {k.shape[1]} pairs are there; draw more, or ask for fewer")
     return float((noise_power(k[:, :n], v[:, :n]) >= delta).any(-1).float().mean())
 
 
@@ -144,7 +158,7 @@ def failure_curve(d_k: int, seed: int = 0, draws: int = 200, points: int = 24) -
     """Share of draws in which any of n retrievals fails against n: ``n, measured, bound``, the bound being that of Theorem 6.2."""
     most = int(average_case(d_k))
     k, v = random_pairs(seed, draws, most, d_k)
-    sizes = sorted({round(most ** (i / (points - 1))) for i in range(points)} | {2, 3})
+    sizes = sorted({round(most ** (i / (points - 1))) for i in range(points)} | {n for n in (2, 3) if n <= most})
     rows = [(n, failing_draws(k, v, n), min(1.0, n * (n - 1) / (DELTA * d_k))) for n in sizes]
     return pd.DataFrame(rows, columns=["n", "measured", "bound"]).query("n > 1")
 

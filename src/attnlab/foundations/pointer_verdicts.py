@@ -26,9 +26,15 @@ def exact_by_kind(rows: Iterable[dict[str, Any]], n: int = 10) -> dict[str, tupl
     return {kind: claims.mean_and_range(scores) for kind, scores in found.items()}
 
 
-def three_lstms(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Arguments of :func:`attnlab.claims.check` for ``same-updates`` and ``ordering``."""
-    exact = exact_by_kind(rows)
+def three_lstms(rows: Iterable[dict[str, Any]], n: int = 10) -> dict[str, Any]:
+    """Arguments of :func:`attnlab.claims.check` for ``same-updates`` and ``ordering``, which are about hulls of 10 points.
+
+    Raises:
+        ValueError: no row of one of the three networks at n points.
+    """
+    exact = exact_by_kind(rows, n)
+    if missing := sorted({POINTER, ATTENTION, SOFTMAX} - exact.keys()):
+        raise ValueError(f"n={n}: no row of {', '.join(missing)}; ask for a size at which all three LSTMs were tested")
     value, interval = exact[POINTER]
     return {
         "value": value,

@@ -74,7 +74,11 @@ def cumulative_sum(length: int) -> Network:
 
     Softmax makes averages, and the average over i places has a 1/i in it that a shared MLP could not undo. The scratch node, whose
     number is zero, takes the surplus: every row averages over n, and one factor n undoes that everywhere.
+
+    Raises:
+        ValueError: no place.
     """
+    _some(length)
     network = blank(length, 1, width=1, heads=1, hidden=2)
     averages = torch.zeros(length + 1, length + 1, dtype=torch.float64)
     averages[:length, :length] = torch.ones(length, length, dtype=torch.float64).tril() / length
@@ -96,7 +100,11 @@ def prefix_min(length: int) -> Network:
     """Running minima in ``ceil(log2 n)`` layers: in layer l place i hears place i - 2^l and keeps the smaller number.
 
     ``min(a, b) = b - relu(b - a)``. A place with nobody that far to its left hears itself.
+
+    Raises:
+        ValueError: no place.
     """
+    _some(length)
     layers = max(1, math.ceil(math.log2(length)))
     network = blank(length, layers, width=1, heads=1, hidden=3)
     with torch.no_grad():
@@ -213,13 +221,18 @@ def rounds(algorithm: str, x: Tensor) -> list[Tensor]:
     """The numbers that all places hold before the first round and after each, for a list x [n]: tensors [n].
 
     Raises:
-        ValueError: an unknown algorithm.
+        ValueError: an unknown algorithm, no list, numbers that are not finite, or a length that the algorithm refuses.
     """
+    build = _known(algorithm)
+    if x.ndim != 1:
+        raise ValueError(f"x: one list [n] is wanted, not shape {list(x.shape)}")
+    if wrong := int((~x.isfinite()).sum()):  # a weight of zero times NaN is NaN: every place would hold it
+        raise ValueError(f"x: {wrong} of {len(x)} numbers are NaN or infinite; leave such lists out")
     held, lists = [x.double()], x.double()[None, :, None]  # [1, n, 1]
     if algorithm == "sorting":
         stages = odd_even_merge(len(x))
         return held + [sorting(len(x), stages[: end + 1])(lists)[0, :, 0] for end in range(len(stages))]
-    network = _known(algorithm)(len(x))
+    network = build(len(x))
     state = network.encode(torch.cat([lists, lists.new_zeros(1, 1, 1)], dim=1))
     for layer in network.layers:
         state, _ = layer(state, network.position)
@@ -239,6 +252,11 @@ def wires(algorithm: str, length: int) -> list[list[tuple[int, int]]]:
         heard = {(source, place) for place, source in (weights > 0).nonzero().tolist()}
         found.append(sorted(heard | {(place, place) for place in range(length)}))
     return found
+
+
+def _some(length: int) -> None:
+    if length < 1:
+        raise ValueError(f"length: at least one place is wanted, not {length}")
 
 
 def _known(algorithm: str) -> Callable[[int], Network]:

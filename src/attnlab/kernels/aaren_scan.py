@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attnlab.kernels import arguments
 from attnlab.kernels.dispatch import on_gpu, rows
 from attnlab.mixers import checks
-from attnlab.mixers.softmax_merge import Summary, aaren
-
-WIDEST = 256
+from attnlab.mixers.softmax_merge import Summary, aaren, merge
 
 
 def aaren_scan(s: Tensor, v: Tensor, *, initial: Summary | None = None) -> tuple[Tensor, Summary]:
@@ -19,27 +18,18 @@ def aaren_scan(s: Tensor, v: Tensor, *, initial: Summary | None = None) -> tuple
     Triton runs it (scores and sums in float32), elsewhere the chunked form of `attnlab.mixers`; float64 always takes the latter.
 
     Args:
-        s: scores of the fixed query, [B, T, H]; -inf leaves a token out.
+        s: scores of the fixed query, [B, T, H], in the dtype of `v`, or in float32 beside half precision; -inf leaves a token out.
         v: values, [B, T, H, V]; V at most 256.
         initial: the summary (m, u, w) of earlier tokens, [B, H], [B, H] and [B, H, V].
 
     Returns:
-        Outputs [B, T, H, V] in the dtype of `v`, 0 where no token had weight yet, and the summary of all tokens.
+        Outputs [B, T, H, V] in the dtype of `v`, 0 where no token had weight yet, and the summary of all tokens, in float32
+        (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes or devices that do not fit, an empty sequence, a head wider than 256.
+        ValueError: shapes, dtypes or devices that do not fit, an empty sequence, a head wider than 256.
     """
-    checks.rank("v", v, "[B, T, H, V]")
-    checks.shape("s", s, tuple(v.shape[:3]), "[B, T, H] of v")
-    if v.shape[-1] > WIDEST:
-        raise ValueError(f"V={v.shape[-1]} is wider than a program can hold; use heads of at most {WIDEST} channels")
-    if s.device != v.device:
-        raise ValueError(f"s: on {s.device}, but v is on {v.device}; move one of them")
-    if initial is not None:
-        batch, _, heads, width = v.shape
-        checks.shape("initial.m", initial.m, (batch, heads), "[B, H] of v")
-        checks.shape("initial.u", initial.u, (batch, heads), "[B, H] of v")
-        checks.shape("initial.w", initial.w, (batch, heads, width), "[B, H, V] of v")
+    _check(s, v, initial)
     if not on_gpu("aaren_scan", v):
         work = torch.float64 if v.dtype == torch.float64 else torch.float32
         start = None if initial is None else Summary(*(x.to(work) for x in initial))
@@ -47,13 +37,42 @@ def aaren_scan(s: Tensor, v: Tensor, *, initial: Summary | None = None) -> tuple
         return o.to(v.dtype), summary
     from attnlab.kernels.prefix_softmax import PrefixSoftmax, pieces_for
 
-    s = s.float()
-    if initial is not None:  # the past is one more token: score log(sum of weights), value their mean
-        m, u, w = (x.float() for x in initial)
-        some = u.clamp_min(torch.finfo(u.dtype).tiny)
-        s = torch.cat([torch.where(u > 0, m + some.log(), -torch.inf)[:, None], s], 1)
-        v = torch.cat([(w / some[..., None])[:, None].to(v.dtype), v], 1)
-    s = s.contiguous()
-    o, lse = PrefixSoftmax.apply(s, rows(v), pieces_for(s))
-    summary = Summary(lse[:, -1], torch.isfinite(lse[:, -1]).to(lse.dtype), o[:, -1].float())
-    return o if initial is None else o[:, 1:], summary
+    s = s.float().contiguous()
+    with torch.cuda.device(v.device):
+        o, lse, end = PrefixSoftmax.apply(s, rows(v), pieces_for(s))
+    summary = Summary(lse[:, -1], torch.isfinite(lse[:, -1]).to(lse.dtype), end)
+    return (o, summary) if initial is None else _after(Summary(*(x.float() for x in initial)), o, lse, summary)
+
+
+def _after(past: Summary, o: Tensor, lse: Tensor, summary: Summary) -> tuple[Tensor, Summary]:
+    """What follows `past`: outputs and the summary of all, from o [B, T, H, V], lse [B, T, H] and `summary` of the new tokens alone.
+
+    Sums stay in float32; only outputs are rounded to the dtype of `o`, and nothing is made of them later.
+    """
+    some = past.u > 0
+    past = past._replace(m=past.m.masked_fill(~some, -torch.inf))  # without weight its unit means nothing
+    u = torch.where(some, past.u, 1)
+    score, mean = (past.m + u.log())[:, None], (past.w / u[..., None])[:, None]  # as if it were one token
+    share = torch.where(score > -torch.inf, score - lse, score).sigmoid()  # [B, T, H], of the past in every output
+    return torch.lerp(o.float(), mean, share[..., None]).to(o.dtype), merge(past, summary)
+
+
+def _check(s: Tensor, v: Tensor, initial: Summary | None) -> None:
+    """Raise ValueError for anything that the kernels would read wrongly."""
+    checks.rank("v", v, "[B, T, H, V]")
+    batch, _, heads, width = v.shape
+    checks.shape("s", s, tuple(v.shape[:3]), "[B, T, H] of v")
+    arguments.narrow(V=width)
+    arguments.floating(v=v)
+    if s.dtype != v.dtype and not (s.dtype == torch.float32 and v.dtype in (torch.float16, torch.bfloat16)):
+        raise ValueError(
+            f"s: dtype {s.dtype}, but v has {v.dtype}; cast one of them (float32 scores suit half-precision values)"
+        )
+    arguments.beside("v", v, s=s)
+    if initial is not None:
+        checks.shape("initial.m", initial.m, (batch, heads), "[B, H] of v")
+        checks.shape("initial.u", initial.u, (batch, heads), "[B, H] of v")
+        checks.shape("initial.w", initial.w, (batch, heads, width), "[B, H, V] of v")
+        parts = {f"initial.{name}": x for name, x in initial._asdict().items()}
+        arguments.floating(**parts)
+        arguments.beside("v", v, **parts)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from attnlab.kernels import arguments
 from attnlab.kernels.dispatch import on_gpu, rows
-from attnlab.kernels.linear_decay import WIDEST
-from attnlab.mixers import checks, flow
+from attnlab.mixers import flow
 
 
 def causal_flow(q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-6, clamp: float = 1.0) -> Tensor:
@@ -19,28 +21,21 @@ def causal_flow(q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-6, clamp: fl
     Args:
         q, k: [B, T, H, K], K at most 256.
         v: [B, T, H, V], V at most 256.
-        eps, clamp: as in `attnlab.mixers.flow.causal_flow_attention`.
+        eps: as in `attnlab.mixers.flow.causal_flow_attention`.
+        clamp: bound on the conserved outgoing flow, positive and finite. The kernel sums exponentials of flows without taking out
+            a maximum, so None, which the mixer takes for no bound, is refused.
 
     Returns:
         [B, T, H, V] in the dtype of `v`.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, T = 0, a clamp that is not positive.
+        ValueError: shapes, dtypes or devices that do not fit, T = 0, a clamp that is None or not positive and finite.
     """
-    checks.rank("q", q, "[B, T, H, K]")
-    checks.rank("v", v, "[B, T, H, V]")
-    checks.shape("k", k, tuple(q.shape), "[B, T, H, K] of q")
-    checks.shape("v", v, (*q.shape[:3], v.shape[3]), "[B, T, H, V] with B, T, H of q")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name}: dtype {x.dtype}, but q has {q.dtype}; cast one of them")
-        if x.device != q.device:
-            raise ValueError(f"{name}: on {x.device}, but q is on {q.device}; move one of them")
-    for name, size in (("K", q.shape[3]), ("V", v.shape[3])):
-        if size > WIDEST:
-            raise ValueError(f"{name}={size} is wider than a program can hold; use heads of at most {WIDEST} channels")
-    if not clamp > 0:
-        raise ValueError(f"clamp={clamp} must be positive")
+    arguments.queries_keys_values(q, k, v)
+    if clamp is None or not 0 < clamp < math.inf:
+        raise ValueError(
+            f"clamp={clamp} must be positive and finite; attnlab.mixers.causal_flow_attention takes None for no bound"
+        )
     if not on_gpu("causal_flow", q):
         work = torch.float64 if q.dtype == torch.float64 else torch.float32
         out, _ = flow.causal_flow_attention(q.to(work), k.to(work), v.to(work), eps=eps, clamp=clamp)

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -294,12 +294,10 @@ def judge(record: records.Record) -> list[claims.Row]:
         "constant-speed-gpu": (_growth(forward), {"training": _growth(training), "softmax": _growth(softmax)}),
         "faster-than-fla": (least, {"training": least_training}),
     }
-    provenance: dict[str, Any] = {"machine": record.machine, "versions": record.versions, "date": record.date}
-    judged = [
-        claims.measure(f"lightning-attention-2/{name}", value, controls=controls, origin="record")
+    return [
+        claims.measure(f"lightning-attention-2/{name}", value, controls=controls, record=record)
         for name, (value, controls) in found.items()
     ]
-    return [{**row, **provenance} for row in judged]  # type: ignore[typeddict-item]
 
 
 def _growth(ms: pd.Series) -> float:

@@ -6,6 +6,7 @@ Taught in the chapters ``kernels/lightning-attention-2`` and ``kernels/lightning
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Literal, overload
 
@@ -13,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from attnlab.kernels import arguments
 from attnlab.kernels.dispatch import on_gpu, rows
 from attnlab.mixers import checks, recurrence
-
-WIDEST = 256  # a state of 256 x 64 still fits into the registers of one program
 
 
 @overload
@@ -65,7 +65,7 @@ def linear_decay_attention(
         q, k: queries and keys, [B, T, H, K]; K at most 256, best a power of two.
         v: values, [B, T, H, V]; V at most 256.
         log_decay: log of the decay, at most 0: [H] one a head, or [B, T, H] one a token.
-        scale: K ** -0.5 by default.
+        scale: finite and not 0; K ** -0.5 by default.
         initial_state: [N, H, K, V], float32; N = B, or the number of packed sequences.
         return_state: whether to write the state after the last token; without it the GPU writes 4 to 6 % less.
         cu_seqlens: int tensor [N + 1], 0 = first < ... < last = T: B = 1 holds N sequences one after the other.
@@ -75,13 +75,14 @@ def linear_decay_attention(
         (float64 for float64 inputs), or None without `return_state`.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, T = 0, a positive or NaN log decay (on a GPU, where looking would
-            stall the stream, only `cu_seqlens` and log decays of shape [H] are looked at, the latter once each).
+        ValueError: shapes, dtypes or devices that do not fit, T = 0, a scale of 0 or NaN, a positive or NaN log decay (on a GPU,
+            where looking would stall the stream, only `cu_seqlens` and log decays of shape [H] are looked at, the latter once
+            each).
     """
     _check(q, k, v, log_decay, initial_state, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if scale == 0:
-        raise ValueError("scale=0 makes every output 0; leave it out for K ** -0.5")
+    if scale == 0 or not math.isfinite(scale):
+        raise ValueError(f"scale={scale} must be finite and not 0; leave it out for K ** -0.5")
     if not on_gpu("linear_decay_attention", q):
         out, final = _torch_form(q, k, v, log_decay, scale, initial_state, cu_seqlens)
         return out, final if return_state else None
@@ -131,23 +132,10 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> None:
     """Raise ValueError for anything that the kernels would read wrongly."""
-    checks.rank("q", q, "[B, T, H, K]")
-    checks.rank("v", v, "[B, T, H, V]")
+    arguments.queries_keys_values(q, k, v)
+    arguments.floating(log_decay=log_decay, initial_state=initial_state)
+    arguments.beside("q", q, log_decay=log_decay, initial_state=initial_state, cu_seqlens=cu_seqlens)
     batch, length, heads, width = q.shape
-    checks.shape("k", k, (batch, length, heads, width), "[B, T, H, K] of q")
-    checks.shape("v", v, (batch, length, heads, v.shape[3]), "[B, T, H, V] with B, T, H of q")
-    for name, size in (("K", width), ("V", v.shape[3])):
-        if size > WIDEST:
-            raise ValueError(f"{name}={size} is wider than a program can hold; use heads of at most {WIDEST} channels")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name}: dtype {x.dtype}, but q has {q.dtype}; cast one of them")
-    if not q.dtype.is_floating_point:
-        raise ValueError(f"q: dtype {q.dtype}, but a floating dtype is wanted; cast q, k and v")
-    others = {"k": k, "v": v, "log_decay": log_decay, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    for name, given in others.items():
-        if given is not None and given.device != q.device:
-            raise ValueError(f"{name}: on {given.device}, but q is on {q.device}; move one of them")
     if log_decay.dim() == 4:
         raise ValueError(
             "log_decay: [B, T, H, K] decays every channel on its own; use attnlab.mixers.recurrence.chunked"

@@ -209,23 +209,28 @@ CHUNK = 64  # backward, whose programs walk from chunk to chunk
 
 
 class PrefixSoftmax(torch.autograd.Function):
-    """(o, lse) from scores [B, T, H] in float32 and values [B, T, H, V]; both outputs are differentiable."""
+    """(o, lse, end) from scores [B, T, H] in float32 and values [B, T, H, V]; all of them are differentiable.
+
+    The end [B, H, V] is o of the last token in float32, before it is rounded to the dtype of the values.
+    """
 
     @staticmethod
     def forward(ctx: Any, s, v, cut):
-        o, lse = _prefixes(s, v)
+        o, lse, end = _prefixes(s, v)
         ctx.save_for_backward(s, v, o, lse)
+        ctx.set_materialize_grads(False)  # of an end that nobody reads
         ctx.cut = cut
-        return o, lse
+        return o, lse, end
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_o, d_lse):
+    def backward(ctx: Any, d_o, d_lse, d_end):
         s, v, o, lse = ctx.saved_tensors
         batch, length, heads = s.shape
         width = v.shape[-1]
         pieces, piece = ctx.cut
-        d_o, d_lse = rows(d_o), d_lse.contiguous()
+        d_o = rows(_arrived(o, d_o, d_end))
+        d_lse = torch.zeros_like(lse) if d_lse is None else d_lse.contiguous()
         ds, dv = torch.empty_like(s), v.new_empty(v.shape)
         d = s.new_empty(batch, heads, pieces, width)
         e = s.new_empty(batch, heads, pieces)
@@ -241,8 +246,21 @@ class PrefixSoftmax(torch.autograd.Function):
         return ds, dv, None
 
 
-def _prefixes(s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """o and lse of every prefix. What a chunk starts from is the same question about chunks, so it is answered in the same way."""
+def _arrived(o: Tensor, d_o: Tensor | None, d_end: Tensor | None) -> Tensor:
+    """The gradient of o, with that of its last token in float32 in it."""
+    d_o = torch.zeros_like(o) if d_o is None else d_o
+    if d_end is None:
+        return d_o
+    d_o = d_o.clone()
+    d_o[:, -1] += d_end
+    return d_o
+
+
+def _prefixes(s: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """o and lse of every prefix, and the last o in float32, [B, H, V].
+
+    What a chunk starts from is the same question about chunks, so it is answered in the same way, and in float32.
+    """
     batch, length, heads = s.shape
     width = v.shape[-1]
     chunks = cdiv(length, SHORT)
@@ -250,11 +268,11 @@ def _prefixes(s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     sizes = (length, heads, *v.stride()[:3])
     shape = {"V": width, "BV": padded(width), "C": SHORT, "num_warps": cdiv(width, 64)}
     grid = (batch * chunks * heads,)
-    carried = (lse, o)  # one chunk: nobody reads it
-    if chunks > 1:
+    carried, end = (lse, o), None  # one chunk: nobody reads what is carried
+    if chunks > 1 or v.dtype != torch.float32:
         s_of, v_of = s.new_empty(batch, chunks, heads), s.new_empty(batch, chunks, heads, width)
         _summaries[grid](s, v, s_of, v_of, *sizes, **shape)
-        means, lses = _prefixes(s_of, v_of)
+        means, lses, end = _prefixes(s_of, v_of)
         carried = (lses, means)
     _forward[grid](s, v, *carried, o, lse, *sizes, **shape, DOT=dot_precision(v))
-    return o, lse
+    return o, lse, o[:, -1].clone() if end is None else end

@@ -378,8 +378,8 @@ class CircuitPanel:
     def _got_evaluation(self, found: Evaluation) -> None:
         self.evaluation = found
         self.worth.value = (
-            f"<p>Faithfulness <b>{with_interval(found.faithfulness)}</b>, completeness <b>{found.completeness:.2f}</b>, "
-            "on the pairs that the circuit was found on, which flatters it.</p>"
+            f"<p>Faithfulness <b>{with_interval(found.faithfulness)}</b>, completeness <b>{found.completeness:.2f}</b> "
+            f"({escape(found.metric)}, {found.ablation} ablation), on the pairs that the circuit was found on, which flatters it.</p>"
         )
         self.curve_canvas.show(charts.curve_chart(found.curve.frame, self.size.value))
         self.save.refresh()
@@ -412,7 +412,6 @@ class CircuitPanel:
                 self.evaluation,
                 self.pairs,
                 made,
-                self.ablation.value,
             )
         return found
 

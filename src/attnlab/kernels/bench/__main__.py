@@ -12,6 +12,7 @@ import gc
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -46,10 +47,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in _rows(case, shape, missing, device, bandwidth):
             rows.append(row)
             print(f"{time.monotonic() - started:5.0f} s  {_progress(row)}", flush=True)
-        lab.write_json(options.out, record | {"seconds": time.monotonic() - started, "rows": rows})
-    lab.write_json(options.out, record | {"seconds": time.monotonic() - started, "rows": rows})
-    print(f"\n{report.tables(rows)}\n\n{len(rows)} rows in {options.out}; {record.get('stopped', 'complete')}")
+        _write(options.out, record, rows, started, device.type)
+    lacks = _write(options.out, record, rows, started, device.type)
+    print(
+        f"\n{report.tables(rows)}\n\n{len(rows)} rows in {options.out}; {record.get('stopped', 'no budget in the way')}"
+    )
+    print("complete" if not lacks else "\n  ".join(["the record lacks", *lacks]))
     return 0
+
+
+def _write(path: Path, record: Row, rows: list[Row], started: float, device: str) -> list[str]:
+    """The record so far, with what it still lacks."""
+    lacks = lacking(rows, device)
+    lab.write_json(path, record | {"lacks": lacks, "seconds": time.monotonic() - started, "rows": rows})
+    return lacks
+
+
+def lacking(rows: Sequence[Row], device: str) -> list[str]:
+    """What the registry wants and no row tells of, whichever operators this or an earlier command was asked for."""
+    done = {_problem(row) for row in rows}
+    wanted = [
+        ((case.operator, case.name, x.name), str(shape))
+        for case, shape, implementations in _plan(OPERATORS, device, quick=False)
+        for x in implementations
+    ]
+    whole = Counter(who for who, _ in wanted)
+    short = Counter(who for who, shape in wanted if (*who[:2], shape, who[2]) not in done)
+    return [f"{', '.join(who)}: {count} of {whole[who]} shapes" for who, count in short.items()]
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:

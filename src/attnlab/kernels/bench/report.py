@@ -23,15 +23,16 @@ SETTINGS = {
     "FLA_DISABLE_BACKEND_DISPATCH": "1",
     "FLA_TILELANG": "0",
 }  # hold flash-linear-attention to its Triton kernels
-_SWEEPS = ("decay_gradient", "decay_sweep", "dispatch", "linear_decay")
+_ALL = ("arguments", "dispatch", "launch")
+_SWEEPS = ("decay_gradient", "decay_sweep")
 #: what an operator's rows depend on
 SOURCES_OF = {
-    operator: tuple(f"kernels/{name}.py" for name in names)
+    operator: tuple(f"kernels/{name}.py" for name in (*_ALL, *names))
     for operator, names in {
-        "linear_decay": _SWEEPS,
-        "scalar_gated": _SWEEPS,
-        "aaren_scan": ("aaren_scan", "dispatch", "prefix_softmax"),
-        "causal_flow": ("causal_flow", "decay_sweep", "dispatch", "flow_gates", "flow_gradients", "flow_sweep"),
+        "linear_decay": (*_SWEEPS, "linear_decay"),
+        "scalar_gated": (*_SWEEPS, "linear_decay"),
+        "aaren_scan": ("aaren_scan", "prefix_softmax"),
+        "causal_flow": (*_SWEEPS, "causal_flow", "flow_gates", "flow_gradients", "flow_sweep"),
     }.items()
 }
 SOURCES = tuple(sorted({name for names in SOURCES_OF.values() for name in names}))

@@ -1,0 +1,60 @@
+"""What the operators of this package ask of their tensors, with one wording for all of them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from attnlab.mixers import checks
+
+WIDEST = 256  # a state of 256 x 64 still fits into the registers of one program
+
+
+def queries_keys_values(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q and k [B, T, H, K] and v [B, T, H, V] fit together: one floating dtype, one device, no axis empty, K and V at most 256.
+
+    Raises:
+        ValueError: they do not.
+    """
+    checks.rank("q", q, "[B, T, H, K]")
+    checks.rank("v", v, "[B, T, H, V]")
+    checks.shape("k", k, tuple(q.shape), "[B, T, H, K] of q")
+    checks.shape("v", v, (*q.shape[:3], v.shape[3]), "[B, T, H, V] with B, T, H of q")
+    narrow(K=q.shape[3], V=v.shape[3])
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name}: dtype {x.dtype}, but q has {q.dtype}; cast one of them")
+    floating(q=q)
+    beside("q", q, k=k, v=v)
+
+
+def narrow(**widths: int) -> None:
+    """Heads have at most 256 channels.
+
+    Raises:
+        ValueError: one has more.
+    """
+    for name, size in widths.items():
+        if size > WIDEST:
+            raise ValueError(f"{name}={size} is wider than a program can hold; use heads of at most {WIDEST} channels")
+
+
+def floating(**tensors: Tensor | None) -> None:
+    """Floating dtypes; ``None`` stands for an argument that was left out.
+
+    Raises:
+        ValueError: whole, boolean or complex numbers.
+    """
+    for name, x in tensors.items():
+        if x is not None and not x.dtype.is_floating_point:
+            raise ValueError(f"{name}: dtype {x.dtype}, but a floating dtype is wanted; cast it")
+
+
+def beside(first: str, reference: Tensor, **tensors: Tensor | None) -> None:
+    """All on the device of ``reference``, the argument called ``first``; ``None`` stands for one that was left out.
+
+    Raises:
+        ValueError: another device.
+    """
+    for name, x in tensors.items():
+        if x is not None and x.device != reference.device:
+            raise ValueError(f"{name}: on {x.device}, but {first} is on {reference.device}; move one of them")
