@@ -51,7 +51,7 @@ def test_a_circuit_file_that_its_model_reads_back(table, capsys):
     assert main(arguments(table, "c.json", "--evaluate", "--top-n", "60")) == 0
     said = capsys.readouterr()
     assert "faithfulness" in said.out
-    assert "which flatters" in said.out
+    assert "logit_diff, resample ablation, on the same pairs, which flatters" in said.out
     assert "EAP-IG" in said.err
     text = table.with_name("c.json").read_text()
     document = json.loads(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -251,6 +252,55 @@ def test_what_is_saved_says_how_it_was_measured(full):
     saved = json.loads(full._savable()["circuit"].text("json"))["eval"]
     assert (saved["ablation"], saved["metric"]) == ("resample", "prob_diff")
     assert "prob_diff, resample ablation" in full.worth.value
+    assert full.curve_canvas.chart.to_dict()["title"]["subtitle"] == "prob_diff, resample ablation"
+    table = full._savable()["faithfulness table"]
+    assert set(zip(table.metric, table.ablation, strict=True)) == {("prob_diff", "resample")}
+
+
+def test_every_chart_of_scores_names_their_metric(full):
+    full.metric.value = "prob_diff"
+    finished(full, full.patch_heads())
+    green, grey = full.exact_canvas.chart.to_dict()["title"]["subtitle"]
+    assert "prob_diff, positions END" in green
+    assert "logit_diff, positions all" in grey
+    for canvas in (full.map_canvas, full.graph_canvas):
+        assert "logit_diff" in canvas.chart.to_dict()["title"]["subtitle"]
+
+
+def in_its_first_step(monkeypatch, act: Callable[[], object]) -> None:
+    """Let something happen while the first step of any work runs."""
+    for kind in (HeadWork, EdgeWork, EvaluationWork):
+
+        def stepping(self, plain=kind.steps):
+            for count, done in enumerate(plain(self)):
+                if count == 0:
+                    act()
+                yield done
+
+        monkeypatch.setattr(kind, "steps", stepping)
+
+
+@pytest.mark.parametrize("action", ["score_heads", "patch_heads", "find_circuit", "measure"])
+def test_a_result_of_pairs_that_were_replaced_is_not_kept(full, action, monkeypatch):
+    full.prompts.text.value = "\n".join(TEXT.splitlines()[:2])
+    in_its_first_step(monkeypatch, full.prompts.check)
+    getattr(full, action)()
+    full.wait()
+    assert "not kept, since its pairs changed while it ran" in full.status.value
+    assert (full.heads, full.exact, full.edges, full.evaluation) == (None,) * 4
+    assert not full.measure_button.disabled
+
+
+def test_a_result_of_a_circuit_that_was_replaced_is_not_kept(full, monkeypatch):
+    with monkeypatch.context() as patch:
+        in_its_first_step(patch, lambda: setattr(full.size, "value", 25))
+        full.measure()
+        full.wait()
+    assert "not kept, since its circuit changed while it ran" in full.status.value
+    assert full.evaluation is None
+    assert full.worth.value == ""
+    assert "faithfulness" not in json.loads(full._savable()["circuit"].text("json"))["eval"]
+    finished(full, full.measure())
 
 
 # ------------------------------------------------------------------------------------------- cancel and interrupt
@@ -285,14 +335,7 @@ def test_cancel_is_heard_and_nothing_is_lost(full):
 @pytest.mark.parametrize("action", ["score_heads", "patch_heads", "find_circuit", "measure"])
 def test_real_work_can_be_cancelled(full, action, monkeypatch):
     """In its first step, so that no later one may follow."""
-    for kind in (HeadWork, EdgeWork, EvaluationWork):
-
-        def cancelled(self, plain=kind.steps):
-            for done in plain(self):
-                full.cancel()
-                yield done
-
-        monkeypatch.setattr(kind, "steps", cancelled)
+    in_its_first_step(monkeypatch, full.cancel)
     before = full.heads, full.exact, full.edges, full.evaluation
     job = getattr(full, action)()
     full.wait()

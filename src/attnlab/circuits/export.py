@@ -8,7 +8,7 @@ The JSON has one entry a node and one an edge::
      "method": {"method": "EAP-IG", "steps": 5, ...},
      "nodes": [{"id": "a9.h6", "kind": "head", "layer": 9, "head": 6, "role": "name mover", "score": 0.12}, ...],
      "edges": [{"src": "a7.h3", "dst": "a9.h6", "port": "q", "score": 0.04, "in": true}, ...],
-     "eval": {"n_edges": 120, "faithfulness": 0.83}}
+     "eval": {"n_edges": 120, "metric": "logit_diff", "ablation": "resample", "faithfulness": 0.83, ...}}
 
 An edge belongs to the circuit if ``in`` is true. The port of an MLP and of the logits is ``"in"``. Scores and roles are
 there where they are known.

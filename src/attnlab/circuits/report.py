@@ -146,7 +146,7 @@ class Report:
             on = "the same pairs, which flatters" if worth["same_pairs"] else f"other pairs ({len(self.judges)})"
             lines.append(
                 f"faithfulness {with_interval(faithful)}, completeness {worth['completeness']:.2f}, "
-                f"{self.evaluation.ablation} ablation, on {on}"
+                f"{self.evaluation.measured}, on {on}"
             )
             unit = "n_heads" if "n_heads" in worth["curve"][0] else "n_edges"
             points = ", ".join(f"{point[unit]}: {point['faithfulness']:.2f}" for point in worth["curve"])

@@ -229,6 +229,11 @@ class Evaluation(NamedTuple):
     metric: str
     ablation: Ablation
 
+    @property
+    def measured(self) -> str:
+        """How it was measured, for people."""
+        return f"{self.metric}, {self.ablation} ablation"
+
 
 class EvaluationWork(Work):
     """Faithfulness, completeness and the curve over circuit sizes, in steps of one circuit on one batch; every step is safe.

@@ -12,6 +12,7 @@ from attnlab.circuits.edges import EdgeScores
 from attnlab.circuits.graph import LOGITS, Graph
 from attnlab.circuits.model import Node
 from attnlab.circuits.scores import Scores
+from attnlab.circuits.work import Evaluation
 from attnlab.figures.palette import CONTROL, NEGATIVE, OURS, SOFTMAX
 
 #: pixels: width of a text of tokens (a phone shows it unshrunk), of a letter in it, height of a line
@@ -131,7 +132,7 @@ def head_map(scores: Scores, picked: str = "") -> alt.LayerChart:
     """A map of all heads; a click picks one (parameter ``pick``)."""
     frame = head_frame(scores)
     largest = float(frame.score.abs().max()) or 1.0
-    best = scores.top(1)[0]
+    best, method = scores.top(1)[0], scores.made["method"].split(",")[0]
     pick = alt.selection_point("pick", fields=["head"], value=[{"head": picked or str(best)}], on="click", toggle=False)
     base = alt.Chart(frame).encode(
         x=alt.X("h:O", title="head", axis=alt.Axis(labelAngle=0, ticks=False, domain=False)),
@@ -144,14 +145,14 @@ def head_map(scores: Scores, picked: str = "") -> alt.LayerChart:
     chart: alt.LayerChart = (cells.add_params(pick) + mark).properties(
         width=alt.Step(18),
         height=alt.Step(11),
-        title=f"Which heads carry the difference? ({scores.made.get('method', 'scores').split(',')[0]})",
+        title=alt.TitleParams("Which heads carry the difference?", subtitle=f"{method}, {scores.made['metric']}"),
         description=f"Scores of {len(frame)} heads; the largest is {best} with {scores.of(best):+.2f}.",
     )
     return chart
 
 
 def exact_chart(estimate: Scores, exact: Scores) -> alt.LayerChart:
-    """The exact score of chosen heads with its interval over pairs, beside the first-order estimate."""
+    """The exact score of chosen heads with its interval over pairs, beside the first-order estimate, each with its metric."""
     rows = []
     for (node,) in exact.groups:
         low, high = (
@@ -170,10 +171,14 @@ def exact_chart(estimate: Scores, exact: Scores) -> alt.LayerChart:
     ticks = (
         alt.Chart(frame).mark_tick(color=CONTROL, thickness=3, height=13).encode(x="estimate:Q", y=y, tooltip=tooltip)
     )
+    subtitle = [
+        f"green: exact ({exact.made['metric']}, positions {exact.made['positions']}), 95% over pairs",
+        f"grey: the estimate ({estimate.made['metric']}, positions {estimate.made['positions']})",
+    ]
     chart: alt.LayerChart = (spans + ticks + points).properties(
         width=300,
         height=alt.Step(20),
-        title=alt.TitleParams("Exact patching", subtitle="green: exact, 95% over pairs; grey: the estimate"),
+        title=alt.TitleParams("Exact patching", subtitle=subtitle),
         description=f"Exact scores of {len(frame)} heads beside their estimates; the largest is {order[0]}.",
     )
     return chart
@@ -271,17 +276,19 @@ def circuit_chart(graph: Graph, scores: EdgeScores | None = None) -> alt.LayerCh
     points, lines, rows = graph_frames(graph, scores)
     pick = alt.selection_point("node_pick", fields=["node"], on="click", toggle=False)
     chart = graph_marks(alt.Chart(points), alt.Chart(lines), rows, graph.wiring.n_heads, pick)
+    made = "" if scores is None else f"{scores.info['method']}, {scores.info['metric']}"
     named: alt.LayerChart = chart.properties(
         width=340,
         height=26 * len(rows),
-        title=f"The circuit: {len(graph)} edges",
+        title=alt.TitleParams(f"The circuit: {len(graph)} edges", subtitle=made),
         description=f"A circuit of {len(graph)} edges between {len(points)} nodes in {len(rows)} rows from the input to the logits.",
     )
     return named
 
 
-def curve_chart(frame: pd.DataFrame, kept: int | None = None) -> alt.LayerChart:
-    """Faithfulness against the size of the circuit; ``kept`` marks the one that is shown."""
+def curve_chart(evaluation: Evaluation, kept: int | None = None) -> alt.LayerChart:
+    """Faithfulness against the size of the circuit, and how it was measured; ``kept`` marks the one that is shown."""
+    frame = evaluation.curve.frame
     unit = "n_heads" if "n_heads" in frame else "n_edges"
     words = unit.removeprefix("n_")
     base = alt.Chart(frame).encode(
@@ -305,8 +312,8 @@ def curve_chart(frame: pd.DataFrame, kept: int | None = None) -> alt.LayerChart:
     chart: alt.LayerChart = layers.properties(
         width=320,
         height=200,
-        title=f"How many {words} does the task need?",
-        description=f"Faithfulness of circuits of {int(frame[unit].min())} to {int(last[unit])} {words}: from "
+        title=alt.TitleParams(f"How many {words} does the task need?", subtitle=evaluation.measured),
+        description=f"Faithfulness of circuits of {int(frame[unit].min())} to {int(last[unit])} {words} ({evaluation.measured}): from "
         f"{frame.ratio_of_means.iloc[0]:.2f} to {last.ratio_of_means:.2f}.",
     )
     return chart

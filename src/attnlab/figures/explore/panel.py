@@ -162,7 +162,7 @@ class CircuitPanel:
         if (pairs := self._ready()) is None or self.model is None:
             return None
         work = HeadWork(self.model, pairs, metric=METRICS[self.metric.value], batch_size=8)
-        return self._start(work, self._got_heads)
+        return self._start(work, self._got_heads, "pairs")
 
     def patch_heads(self) -> Job | None:
         """Exact scores of the selected heads."""
@@ -171,14 +171,15 @@ class CircuitPanel:
         if self.heads is None or not self.chosen.value:
             return self._refuse("Score all heads first, then select some of the list.")
         how: dict[str, Any] = {"metric": METRICS[self.metric.value], "positions": self.positions.value, "batch_size": 8}
-        return self._start(HeadWork(self.model, pairs, "patch", heads=self.chosen.value, **how), self._got_exact)
+        work = HeadWork(self.model, pairs, "patch", heads=self.chosen.value, **how)
+        return self._start(work, self._got_exact, "pairs")
 
     def find_circuit(self) -> Job | None:
         """Edge scores and the circuit of the strongest."""
         if (pairs := self._ready()) is None:
             return None
         how: dict[str, Any] = {"metric": METRICS[self.metric.value], "steps": self.steps.value}
-        return self._start(EdgeWork(self._ungrouped(), pairs, **how), self._got_edges)
+        return self._start(EdgeWork(self._ungrouped(), pairs, **how), self._got_edges, "pairs")
 
     def measure(self) -> Job | None:
         """Faithfulness of the circuit that is shown, and the curve over sizes."""
@@ -187,9 +188,8 @@ class CircuitPanel:
         if self.edges is None or self.circuit is None:
             return self._refuse("Find the circuit first.")
         how: dict[str, Any] = {"metric": METRICS[self.metric.value], "ablation": self.ablation.value}
-        return self._start(
-            EvaluationWork(self._ungrouped(), self.circuit, self.edges, pairs, **how), self._got_evaluation
-        )
+        work = EvaluationWork(self._ungrouped(), self.circuit, self.edges, pairs, **how)
+        return self._start(work, self._got_evaluation, "pairs", "circuit")
 
     def cancel(self) -> None:
         """Stop what runs, after its present step."""
@@ -202,9 +202,11 @@ class CircuitPanel:
         if self.job is not None:
             self.job.wait()
 
-    def _start(self, work: Stepwise, use: Callable[[Any], None]) -> Job | None:
+    def _start(self, work: Stepwise, use: Callable[[Any], None], *basis: str) -> Job | None:
+        """Run work and use its result, unless an attribute of ``basis`` was replaced meanwhile: the result is of the old one."""
         if self.job is not None and self.job.running:
             return self._refuse("Something is running; wait for it or cancel it.")
+        before = {name: getattr(self, name) for name in basis}
         self.bar.max, self.bar.value, self.bar.bar_style = work.total, 0, "info"
         self._busy(True)
         self._say(f"{work.name} ...")
@@ -215,6 +217,11 @@ class CircuitPanel:
             self._say(f"{work.name}: step {done} of {total}{rest}")
 
         def result(found: Any) -> None:
+            if changed := [name for name, old in before.items() if getattr(self, name) is not old]:
+                self._end(
+                    "warning", f"{work.name}: not kept, since its {changed[0]} changed while it ran; start it again"
+                )
+                return
             use(found)
             self._end("success", f"{work.name}: done")
 
@@ -379,9 +386,9 @@ class CircuitPanel:
         self.evaluation = found
         self.worth.value = (
             f"<p>Faithfulness <b>{with_interval(found.faithfulness)}</b>, completeness <b>{found.completeness:.2f}</b> "
-            f"({escape(found.metric)}, {found.ablation} ablation), on the pairs that the circuit was found on, which flatters it.</p>"
+            f"({escape(found.measured)}), on the pairs that the circuit was found on, which flatters it.</p>"
         )
-        self.curve_canvas.show(charts.curve_chart(found.curve.frame, self.size.value))
+        self.curve_canvas.show(charts.curve_chart(found, self.size.value))
         self.save.refresh()
 
     def _savable(self) -> dict[str, Any]:
@@ -401,7 +408,8 @@ class CircuitPanel:
         if self.edges is not None:
             found["edge scores"] = self.edges.to_frame()
         if self.evaluation is not None:
-            found["faithfulness table"] = self.evaluation.curve.frame
+            how = {"metric": self.evaluation.metric, "ablation": self.evaluation.ablation}
+            found["faithfulness table"] = self.evaluation.curve.frame.assign(**how)
         if self.circuit is not None and self.edges is not None and self.pairs is not None:
             made = {"batch_size": 8, "device": self._ungrouped().device.type}
             found["circuit"] = Report(
