@@ -38,7 +38,7 @@ def aaren_scan(s: Tensor, v: Tensor, *, initial: Summary | None = None) -> tuple
     from attnlab.kernels.prefix_softmax import PrefixSoftmax, pieces_for
 
     s = s.float().contiguous()
-    with torch.cuda.device(v.device):
+    with torch.cuda.device_of(v):
         o, lse, end = PrefixSoftmax.apply(s, rows(v), pieces_for(s))
     summary = Summary(lse[:, -1], torch.isfinite(lse[:, -1]).to(lse.dtype), end)
     return (o, summary) if initial is None else _after(Summary(*(x.float() for x in initial)), o, lse, summary)
