@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
+import torch
 from torch import Tensor
 
 from attnlab.mixers import checks
@@ -58,3 +61,21 @@ def beside(first: str, reference: Tensor, **tensors: Tensor | None) -> None:
     for name, x in tensors.items():
         if x is not None and x.device != reference.device:
             raise ValueError(f"{name}: on {x.device}, but {first} is on {reference.device}; move one of them")
+
+
+def bounds(cu_seqlens: Tensor, batch: int, length: int) -> int:
+    """How many sequences of sum `length` are packed into one row: [N + 1] whole numbers, 0 = first < ... < last = length.
+
+    Raises:
+        ValueError: another shape or dtype, several rows, bounds that do not rise from 0 to `length`.
+    """
+    if batch != 1:
+        raise ValueError(f"cu_seqlens: packs sequences into one row, but there are B={batch}; reshape to B=1")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens: {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}, but [N + 1] int32 or int64 is wanted"
+        )
+    found = cu_seqlens.tolist()
+    if found[0] != 0 or found[-1] != length or any(a >= b for a, b in pairwise(found)):
+        raise ValueError(f"cu_seqlens: {found[:6]}... must rise strictly from 0 to T={length}")
+    return len(found) - 1

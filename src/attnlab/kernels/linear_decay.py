@@ -146,7 +146,7 @@ def _check(
         _check_decay(log_decay, (batch, length, heads, width))
     sequences = batch
     if cu_seqlens is not None:
-        sequences = _check_bounds(cu_seqlens, batch, length)
+        sequences = arguments.bounds(cu_seqlens, batch, length)
     if initial_state is not None:
         wanted = (sequences, heads, width, v.shape[3])
         checks.shape("initial_state", initial_state, wanted, "[N, H, K, V]")
@@ -163,17 +163,3 @@ def _check_decay(log_decay: Tensor, sizes: tuple[int, int, int, int]) -> None:
     checks.log_decay(log_decay.detach(), sizes)
     if keep:
         _SEEN[log_decay] = log_decay._version
-
-
-def _check_bounds(cu_seqlens: Tensor, batch: int, length: int) -> int:
-    """The number of packed sequences."""
-    if batch != 1:
-        raise ValueError(f"cu_seqlens: packs sequences into one row, but q has B={batch}; reshape to B=1")
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"cu_seqlens: {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}, but [N + 1] int32 or int64 is wanted"
-        )
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != length or any(a >= b for a, b in pairwise(bounds)):
-        raise ValueError(f"cu_seqlens: {bounds[:6]}... must rise strictly from 0 to T={length}")
-    return len(bounds) - 1
