@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from attnlab.kernels import decay_sweep
-from attnlab.kernels.decay_sweep import LinearDecay, Tiles, piece_updates, sweep, tiles_for
+from attnlab.kernels import decay_launch
+from attnlab.kernels.decay_launch import LinearDecay, Sweeps, Tiles, tiles_for
 from attnlab.kernels.dispatch import rows
 from attnlab.mixers import recurrence
 
@@ -62,11 +62,21 @@ CASES = {
     "three pieces, state": Case(length=90, batch=1, pieces=3, state=True),
     "three pieces, gates": Case(length=90, batch=1, pieces=3, gated=True),
     "three pieces, the last of one token": Case(length=33, batch=1, pieces=3, gated=True, state=True),
+    "packed, in pieces": Case(length=150, batch=1, pieces=3, bounds=(0, 7, 130, 150)),
+    "packed, in pieces, gates, state": Case(
+        length=150, batch=1, pieces=4, bounds=(0, 1, 49, 145, 150), gated=True, state=True
+    ),
+    "forty pieces": Case(length=640, batch=1, pieces=40, gated=True, state=True),
     "packed": Case(length=90, batch=1, bounds=(0, 7, 50, 90)),
     "packed, gates, state": Case(length=90, batch=1, bounds=(0, 1, 17, 81, 90), gated=True, state=True),
     "views, state": Case(joint=True, state=True),
     "views, gates, two pieces": Case(length=70, pieces=2, joint=True, gated=True),
     "wide keys, narrow values": Case(width=20, values=12, gated=True, state=True),
+    "as wide keys as values": Case(values=12, gated=True, state=True),
+    "as wide keys as values, two slices, pieces, state": Case(length=70, width=20, pieces=2, state=True),
+    "as wide keys as values, packed, pieces, gates, views": Case(
+        length=150, batch=1, width=20, pieces=3, bounds=(0, 7, 130, 150), gated=True, joint=True
+    ),
     "one slice for all values": Case(values=40, slice=64, state=True),
     "one token": Case(length=1, gated=True, state=True),
 }
@@ -101,8 +111,7 @@ def parts(case: Case, x: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def kernel(case: Case, x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    bounds = None if case.bounds is None else torch.tensor(case.bounds)
-    return LinearDecay.apply(*parts(case, x), x["log_decay"], x.get("initial_state"), SCALE, bounds, case.tiles)
+    return LinearDecay.apply(*parts(case, x), x["log_decay"], x.get("initial_state"), SCALE, case.bounds, case.tiles)
 
 
 def reference(case: Case, x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -178,8 +187,8 @@ def test_reverse_is_forward_over_the_reversed_sequence(gated, pieces, draw):
     x = {name: tensor.detach() for name, tensor in leaves(case, draw).items()}
     q, k, v = parts(case, x)
     start = x["initial_state"]
-    updates = piece_updates(k, v, x["log_decay"], case.tiles, reverse=True)
-    o, final = sweep(q, k, v, x["log_decay"], SCALE, case.tiles, reverse=True, start=start, updates=updates, final=True)
+    sweeps = Sweeps(q, x["log_decay"], SCALE, case.tiles)
+    o, final = sweeps.sweep(q, k, v, reverse=True, start=sweeps.starts(k, v, start, reverse=True), final=True)
     gates = x["log_decay"].double().expand(1, 90, 2)
     late = torch.cat([torch.zeros(1, 1, 2), gates.flip(1)[:, :-1]], 1)
     wanted, state = recurrence.parallel(
@@ -207,11 +216,11 @@ def test_what_is_forgotten_may_be_left_out(decays, pieces, draw):
 
 def test_the_chosen_pieces_all_have_tokens(monkeypatch):
     """A piece of -n tokens would be taken to decay by exp(+n |g|). Pieces are whole chunks, so their number is recounted."""
-    monkeypatch.setattr(decay_sweep, "multiprocessors", lambda device: 132)
-    for length, heads in product([1024, 4097, 37_000, 65_000, 65_536], [1, 2, 8, 16, 500]):
+    monkeypatch.setattr(decay_launch, "multiprocessors", lambda device: 132)
+    for length, heads in product([1, 100, 1024, 4097, 37_000, 65_000, 65_536], [1, 2, 8, 16, 500]):
         x = torch.empty(1, length, heads, 64, dtype=torch.bfloat16, device="meta")
         tiles = tiles_for(x, x)
-        piece = decay_sweep._piece_length(length, tiles.pieces, tiles.chunk)
+        piece = tiles.piece(length)
         assert piece % tiles.chunk == 0
         assert (tiles.pieces - 1) * piece < length <= tiles.pieces * piece, f"T={length} H={heads}: {tiles}"
 
@@ -264,15 +273,18 @@ def test_nothing_outside_is_read_or_written(name, draw, monkeypatch):
     wanted = everything(kernel, case, x, d_out, d_final)
     y = {key: padded(x[key].detach()).requires_grad_() if key in "qkv" else x[key] for key in x}
     guarded = Guarded()
-    monkeypatch.setattr(decay_sweep, "torch", guarded)
+    monkeypatch.setattr(decay_launch, "torch", guarded)
     got = everything(kernel, case, y, padded(d_out), d_final)
     for key, tensor in got.items():
         assert torch.equal(tensor, wanted[key]), f"{key} depends on what lies around the inputs"
+    count = case.pieces * case.batch if case.pieces > 1 else 0
+    updates = {2 * count * 2 * case.width * case.values, count * 2}
     assert len(guarded.buffers) >= 5  # o, the final state, and three gradients
     for buffer, size in guarded.buffers:
         assert buffer[:512].isnan().all(), "written in front of an output"
         assert buffer[512 + size :].isnan().all(), "written behind an output"
-        assert not buffer[512 : 512 + size].isnan().any(), "an output was not written whole"
+        pieces = size in updates  # what the last piece adds to the state is nobody's start
+        assert pieces or not buffer[512 : 512 + size].isnan().any(), "an output was not written whole"
 
 
 def test_strided_views_are_not_copied(draw):
@@ -346,6 +358,6 @@ def test_offsets_beyond_32_bits_are_noticed():
     """The two widths of an offset: sizes alone decide, nothing is allocated."""
     near = SimpleNamespace(shape=torch.Size([1, 2**15, 16, 128]), stride=lambda axis: 16 * 128)
     far = SimpleNamespace(shape=torch.Size([1, 2**20, 16, 128]), stride=lambda axis: 16 * 128)
-    assert not decay_sweep._far(near, near)
-    assert decay_sweep._far(far, near)
-    assert decay_sweep._far(near, far)
+    assert not decay_launch._far(near, near)
+    assert decay_launch._far(far, near)
+    assert decay_launch._far(near, far)

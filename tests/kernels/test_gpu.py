@@ -193,8 +193,6 @@ def test_at_most_twice_the_error_of_torch_in_bfloat16(width, decay, draw):
     found = errors(everything(lambda y: kernel(case, y), x, d), wanted)
     torchs = errors(everything(lambda y: plain(case, y), x, d), wanted)
     limits = {name: 2 * error for name, error in torchs.items()}
-    if decay == "token":  # measured: 2.3 times, since dq and dk are rounded before their rows are summed
-        limits["gradient of log_decay"] = LIMITS[BFLOAT16]
     below(found, limits)
 
 
@@ -206,6 +204,11 @@ LONG = [
     Case(FLOAT32, 64, 64, "head", batch=1, length=65_000, heads=8),
     Case(BFLOAT16, 128, 128, "token", batch=1, length=65_000, heads=2),
     Case(FLOAT32, 128, 64, "token", batch=1, length=5000, heads=2),
+    *(
+        Case(dtype, 128, width, decay, batch=1, length=9000, bounds=(0, 1, 130, 4226, 8300, 9000))
+        for dtype in (BFLOAT16, FLOAT32)
+        for width, decay in ((128, "token"), (128, "head"), (64, "none"))
+    ),
 ]
 
 
@@ -225,7 +228,7 @@ def repeats(form, x: dict[str, Tensor], d: list[Tensor]) -> None:
         assert not different, different
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[10], LONG[0], LONG[5]], ids=str)
+@pytest.mark.parametrize("case", [CASES[1], CASES[10], LONG[0], LONG[5], LONG[-1], LONG[-2]], ids=str)
 def test_the_same_inputs_give_the_same_bits(case, draw):
     repeats(lambda y: kernel(case, y), inputs(case, draw), upstream(case, draw))
 
@@ -264,7 +267,7 @@ def test_float64_falls_back_and_says_so_once(draw):
 
 
 def test_views_of_a_joint_projection_are_not_copied(draw, monkeypatch):
-    from attnlab.kernels import decay_sweep
+    from attnlab.kernels.decay_launch import Sweeps, tiles_for
 
     width, length = 128, 8192
     joint = draw(1, length, 16, 3 * width).bfloat16()
@@ -272,20 +275,20 @@ def test_views_of_a_joint_projection_are_not_copied(draw, monkeypatch):
     decay = torch.full((16,), -0.1, device="cuda")
     linear_decay_attention(q, k, v, decay)  # compiles
     launched = []
-    sweep = decay_sweep.sweep
+    sweep = Sweeps.sweep
 
-    def spy(*tensors, **options):
-        launched.append([x.data_ptr() for x in tensors[:3]])
-        return sweep(*tensors, **options)
+    def spy(self, *tensors, **options):
+        launched.append([x.data_ptr() for x in tensors])
+        return sweep(self, *tensors, **options)
 
-    monkeypatch.setattr(decay_sweep, "sweep", spy)
+    monkeypatch.setattr(Sweeps, "sweep", spy)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     o, final = linear_decay_attention(q, k, v, decay)
     extra = torch.cuda.max_memory_allocated() - before - o.nbytes - final.nbytes
     assert launched == [[q.data_ptr(), k.data_ptr(), v.data_ptr()]]
-    pieces = decay_sweep.tiles_for(q, v).pieces
+    pieces = tiles_for(q, v).pieces
     assert extra <= (pieces + 1) * final.nbytes  # what the pieces add to the state, and nothing like a copy:
     wanted, _ = linear_decay_attention(q.contiguous(), k.contiguous(), v.contiguous(), decay)
     assert torch.equal(o, wanted)

@@ -63,8 +63,8 @@ def beside(first: str, reference: Tensor, **tensors: Tensor | None) -> None:
             raise ValueError(f"{name}: on {x.device}, but {first} is on {reference.device}; move one of them")
 
 
-def bounds(cu_seqlens: Tensor, batch: int, length: int) -> int:
-    """How many sequences of sum `length` are packed into one row: [N + 1] whole numbers, 0 = first < ... < last = length.
+def bounds(cu_seqlens: Tensor, batch: int, length: int) -> list[int]:
+    """The bounds of sequences packed into one row: N + 1 whole numbers, 0 = first < ... < last = length.
 
     Raises:
         ValueError: another shape or dtype, several rows, bounds that do not rise from 0 to `length`.
@@ -78,4 +78,4 @@ def bounds(cu_seqlens: Tensor, batch: int, length: int) -> int:
     found = cu_seqlens.tolist()
     if found[0] != 0 or found[-1] != length or any(a >= b for a, b in pairwise(found)):
         raise ValueError(f"cu_seqlens: {found[:6]}... must rise strictly from 0 to T={length}")
-    return len(found) - 1
+    return found

@@ -7,7 +7,8 @@ in one number without a difference,
 
     d log_decay_s = sum_{t >= s in the chunk} row_t + scale * <S, D>,
 
-with S the state after the chunk and D what all later tokens would read of it. The dq sweep keeps S, the dk sweep meets it with D.
+with S the state after the chunk and D what all later tokens would read of it. The dq sweep keeps S, the dk sweep meets it with D,
+and both leave their half of `row_t` before they round dq and dk to half precision.
 """
 
 from __future__ import annotations
@@ -19,23 +20,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnlab.kernels.dispatch import cdiv, padded
+from attnlab.kernels.dispatch import cdiv
 from attnlab.kernels.launch import remembered
+from attnlab.kernels.packing import Packing
 
 
 @remembered
 @triton.jit
 def _suffix_sums(
-    q_ptr, dq_ptr, k_ptr, dk_ptr, products_ptr, out_ptr, cu_ptr, owner_ptr, scale, T, H,
-    q_b, q_t, q_h, k_b, k_t, k_h,
-    K: tl.constexpr, BK: tl.constexpr, NV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr,
+    reads_ptr, writes_ptr, products_ptr, out_ptr, bounds_ptr, owner_ptr, scale, T, H,
+    NV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """One program a (chunk, head)."""
     slot, i_h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     if VARLEN:
-        i_n = tl.load(owner_ptr + slot).to(tl.int64)
-        begin = tl.load(cu_ptr + i_n).to(tl.int64)
-        last = tl.load(cu_ptr + i_n + 1).to(tl.int64)
+        i_n = tl.load(owner_ptr + slot)
+        begin = tl.load(bounds_ptr + i_n)
+        last = tl.load(bounds_ptr + i_n + 1)
         i_b = slot * 0
         t = begin + (slot - begin // C - i_n) * C + tl.arange(0, C)
     else:
@@ -44,62 +45,60 @@ def _suffix_sums(
         last = T
         t = slot % chunks * C + tl.arange(0, C)
     inside = t < last
-    ks = tl.arange(0, BK)
-    wide = inside[:, None] & (ks < K)[None, :]
-    tight = ((i_b * T + t) * H + i_h)[:, None] * K + ks[None, :]  # dq and dk are ours, q and k may be views
-    q = tl.load(q_ptr + i_b * q_b + i_h * q_h + t[:, None] * q_t + ks[None, :], mask=wide, other=0.0).to(tl.float32)
-    k = tl.load(k_ptr + i_b * k_b + i_h * k_h + t[:, None] * k_t + ks[None, :], mask=wide, other=0.0).to(tl.float32)
-    dq = tl.load(dq_ptr + tight, mask=wide, other=0.0).to(tl.float32)
-    dk = tl.load(dk_ptr + tight, mask=wide, other=0.0).to(tl.float32)
-    row = tl.sum(q * dq - k * dk, 1)
+    token = (i_b * T + t) * H + i_h
+    row = tl.zeros([C], dtype=tl.float32)
     behind = 0.0
     for i_v in range(NV):
+        row += tl.load(reads_ptr + token * NV + i_v, mask=inside, other=0.0)
+        row -= tl.load(writes_ptr + token * NV + i_v, mask=inside, other=0.0)
         behind += tl.load(products_ptr + (slot * H + i_h) * NV + i_v)
     later = tl.sum(row, 0) - tl.cumsum(row, 0) + row  # over t >= s
-    tl.store(out_ptr + (i_b * T + t) * H + i_h, later + scale * behind, mask=inside)
+    tl.store(out_ptr + token, later + scale * behind, mask=inside)
 
 
 class Boundaries(NamedTuple):
-    """What two sweeps exchange at the end of every chunk. Chunks are numbered through all sequences; packed ones may skip a number.
+    """What two sweeps leave for the gradient of the decay, a share for every slice of K.
+
+    Chunks are numbered through all sequences; packed ones may skip a number.
 
     Attributes:
         states: [chunks, H, V, K], those of the dq sweep, which are the transposed states of the forward sweep.
         products: [chunks, H, slices], with the states of the dk sweep.
+        reads, writes: [B, T, H, slices], of q . dq and k . dk, from before dq and dk are rounded.
     """
 
     states: Tensor
     products: Tensor
+    reads: Tensor
+    writes: Tensor
 
 
-def boundaries(q: Tensor, v: Tensor, chunk: int, slices: int, cu_seqlens: Tensor | None) -> Boundaries:
-    """Room for them: V * K / chunk numbers a token and head, in half precision for half inputs."""
+def boundaries(q: Tensor, v: Tensor, chunk: int, slices: int, packed: Packing | None, *, half: bool) -> Boundaries:
+    """Room for them; states, V * K / chunk numbers a token and head, in half precision for half inputs."""
     batch, length, heads, width = q.shape
-    chunks = batch * cdiv(length, chunk) if cu_seqlens is None else length // chunk + len(cu_seqlens) - 1
-    kept = torch.bfloat16 if q.dtype != torch.float32 and q.is_cuda else torch.float32
+    chunks = length // chunk + packed.sequences if packed else batch * cdiv(length, chunk)
+    kept = torch.bfloat16 if half else torch.float32
     return Boundaries(
         torch.empty(chunks, heads, v.shape[-1], width, dtype=kept, device=q.device),
         torch.zeros(chunks, heads, slices, device=q.device),
+        *torch.empty(2, batch, length, heads, slices, device=q.device),
     )
 
 
-def decay_gradient(
-    q: Tensor, dq: Tensor, k: Tensor, dk: Tensor, products: Tensor, scale: float, chunk: int, cu_seqlens: Tensor | None
-) -> Tensor:
+def decay_gradient(edges: Boundaries, scale: float, chunk: int, packed: Packing | None) -> Tensor:
     """Gradient of a log decay a token [B, T, H], float32; its sum over B and T is that of one a head."""
-    batch, length, heads, width = q.shape
-    out = torch.empty(batch, length, heads, device=q.device)
-    chunks, _, slices = products.shape
+    batch, length, heads, slices = edges.reads.shape
+    out = torch.empty(batch, length, heads, device=edges.reads.device)
+    chunks = len(edges.products)
     _suffix_sums[(chunks * heads,)](
-        q, dq, k, dk, products, out, cu_seqlens, _owners(cu_seqlens, chunk, chunks), scale, length, heads,
-        *q.stride()[:3], *k.stride()[:3],
-        K=width, BK=padded(width), NV=slices, C=chunk, VARLEN=cu_seqlens is not None, num_warps=4,
+        edges.reads, edges.writes, edges.products, out,
+        packed.bounds if packed else None, _owners(packed, chunk, chunks) if packed else None, scale, length, heads,
+        NV=slices, C=chunk, VARLEN=packed is not None, num_warps=1,
     )  # fmt: skip
     return out
 
 
-def _owners(cu_seqlens: Tensor | None, chunk: int, chunks: int) -> Tensor | None:
+def _owners(packed: Packing, chunk: int, chunks: int) -> Tensor:
     """The packed sequence of every chunk: sequence n starts with chunk `begin // C + n`, which leaves room for ragged tails."""
-    if cu_seqlens is None:
-        return None
-    starts = cu_seqlens[:-1] // chunk + torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device)
+    starts = packed.bounds[:-1] // chunk + torch.arange(packed.sequences, device=packed.table.device)
     return torch.searchsorted(starts, torch.arange(chunks, device=starts.device), right=True) - 1

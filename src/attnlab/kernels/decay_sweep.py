@@ -1,37 +1,47 @@
-"""The one Triton kernel behind every linear attention with scalar decay, forward and backward.
+"""The Triton kernels behind every linear attention with scalar decay, forward and backward.
 
-`sweep` computes, for one (sequence, head), a causal masked product and the recurrence behind it:
+`_sweep` computes, for one (sequence, head), a causal masked product and the recurrence behind it:
 
     out_t = scale * sum_{s <= t} exp(L_t - L_s) (q_t . k_s) v_s   +   scale * exp(L_t) q_t . start
 
-with L the running sum of the log decay; `reverse=True` sums over s >= t with exp(L_s - L_t). The three gradients are this
-same product with the roles exchanged (Lightning Attention-2, arXiv:2401.04658, section 3.3):
+with L the running sum of the log decay; `REVERSE` sums over s >= t with exp(L_s - L_t). The three gradients are this same product
+with the roles exchanged (Lightning Attention-2, arXiv:2401.04658, section 3.3):
 
     o  = sweep(q, k, v)             dv = sweep(k, q, do, reverse)
     dq = sweep(do, v, k)            dk = sweep(v, do, q, reverse)
 
-so forward and backward are four launches of one kernel. A program owns one (piece of a sequence, head, slice of v's channels).
-It walks its chunks with the state [K, slice] in float32 registers; nothing but q, k, v and out touches device memory.
-When sequences are too few to fill the GPU, each is cut into pieces: `piece_updates` first computes what each piece adds to the
-state, and a program starts from the sum of the pieces before its own.
+A program owns one (piece of a sequence, head, slice of v's channels). It walks its chunks with the state [K, slice] in float32
+registers; nothing but q, k, v and out touches device memory. When sequences are too few to fill the GPU, each is cut into pieces,
+and the recurrence is solved twice: `_piece_updates` computes what each piece adds to the state, `_piece_starts` scans these over the
+pieces as if each were one token, and then all pieces are swept at once, each from its own start.
+Who launches them, and with which sizes, is in `attnlab.kernels.decay_launch`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from attnlab.kernels.decay_gradient import Boundaries, boundaries, decay_gradient
-from attnlab.kernels.dispatch import cdiv, dot_precision, multiprocessors, padded, rows
 from attnlab.kernels.launch import remembered
 
-FORGOTTEN: tl.constexpr = tl.constexpr(30.0)  # exp(-30) = 1e-13: what has decayed this far adds nothing in float32
+FORGOTTEN: tl.constexpr = tl.constexpr(20.0)  # exp(-20) = 2e-9: what has decayed this far adds nothing in float32
+
+
+@triton.jit
+def _place(i_p, table_ptr, T, N, PIECES, VARLEN: tl.constexpr):
+    """Of piece i_p: its sequence, the first piece and the number of pieces of that, the sequence's first token and its length.
+
+    The table of packed sequences is :class:`attnlab.kernels.decay_launch.Packing`'s.
+    """
+    if VARLEN:
+        i_n = tl.load(table_ptr + 2 * N + 2 + i_p).to(tl.int32)
+        piece0 = tl.load(table_ptr + N + 1 + i_n).to(tl.int32)
+        pieces = tl.load(table_ptr + N + 2 + i_n).to(tl.int32) - piece0
+        begin = tl.load(table_ptr + i_n)
+        return i_n.to(tl.int64), piece0, pieces, begin, (tl.load(table_ptr + i_n + 1) - begin).to(tl.int32)
+    else:
+        i_n = i_p // PIECES
+        return i_n.to(tl.int64), i_n * PIECES, PIECES, i_n.to(tl.int64) * 0, T
 
 
 @triton.jit
@@ -56,10 +66,9 @@ def _running_decay(g, valid, GATED: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _grow(state, k, v, decay, weight, DOT: tl.constexpr):
-    """exp(decay) * state + k^T diag(weight) v."""
-    v = (v * weight[:, None]).to(k.dtype)
-    return tl.dot(tl.trans(k), v, state * tl.exp(decay), input_precision=DOT)
+def _grow(state, k, written, decay, DOT: tl.constexpr):
+    """exp(decay) * state + k^T written."""
+    return tl.dot(tl.trans(k), written, state * tl.exp(decay), input_precision=DOT)
 
 
 @triton.jit
@@ -73,24 +82,34 @@ def _remembered(g, length, steps):
 @remembered
 @triton.jit
 def _piece_updates(
-    k_ptr, v_ptr, g_ptr, updates_ptr, sums_ptr,
-    T, H, PIECES, piece, k_b, k_t, k_h, v_b, v_t, v_h,
+    k_ptr, v_ptr, g_ptr, updates_ptr, sums_ptr, table_ptr,
+    T, H, N, PIECES, piece, k_b, k_t, k_h, v_b, v_t, v_h,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    REVERSE: tl.constexpr, GATED: tl.constexpr, FAR: tl.constexpr, DOT: tl.constexpr,
+    REVERSE: tl.constexpr, GATED: tl.constexpr, FAR: tl.constexpr, VARLEN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """What each piece alone adds to the state, [U, PIECES, K, V]; with gates also its total log decay, [U, PIECES]."""
+    """What each piece alone adds to the state, [pieces, H, K, V]; with gates also its total log decay, [pieces, H].
+
+    Nobody reads those of the piece that is passed last, so they are not written.
+    """
     NV: tl.constexpr = (V + BV - 1) // BV
+    count = tl.num_programs(0) // NV // H
     i_v = tl.program_id(0) % NV
-    i_p = tl.program_id(0) // NV % PIECES
-    i_u = tl.program_id(0) // NV // PIECES
-    i_b, i_h = (i_u // H).to(tl.int64), i_u % H
-    first = i_p * piece
-    last = tl.minimum(first + piece, T)
+    i_p = tl.program_id(0) // NV % count
+    rank = tl.program_id(0) // NV // count
+    i_h = tl.where(
+        rank % 2 == 0, rank // 2, H - 1 - rank // 2
+    )  # the head that remembers longest is the first or the last: early
+    i_n, piece0, pieces, begin, length = _place(i_p, table_ptr, T, N, PIECES, VARLEN)
+    if i_p == (piece0 if REVERSE else piece0 + pieces - 1):
+        return
+    first = (i_p - piece0) * piece
+    last = tl.minimum(first + piece, length)
     ks, vs, cs = tl.arange(0, BK), i_v * BV + tl.arange(0, BV), tl.arange(0, C)
     in_k, in_v = ks < K, vs < V
-    k_ptr += i_b * k_b + i_h * k_h
-    v_ptr += i_b * v_b + i_h * v_h
-    g_ptr += i_b * T * H + i_h if GATED else i_h
+    row = begin * 0 if VARLEN else i_n
+    k_ptr += row * k_b + begin * k_t + i_h * k_h
+    v_ptr += row * v_b + begin * v_t + i_h * v_h
+    g_ptr += (row * T + begin) * H + i_h if GATED else i_h
     chunks = tl.cdiv(last - first, C)
     g = 0.0 if GATED else tl.load(g_ptr)  # a load inside the loop would cost its latency in every chunk
     needed = chunks if GATED else _remembered(g, C, chunks)
@@ -105,70 +124,99 @@ def _piece_updates(
         ahead = _gates(g_ptr, t - C if REVERSE else t + C, first, last, H, GATED)
         k = tl.load(k_ptr + t[:, None] * k_t + ks[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)
         v = tl.load(v_ptr + t[:, None] * v_t + vs[None, :], mask=inside[:, None] & in_v[None, :], other=0.0)
-        state = _grow(state, k, v, total, tl.exp(b) if REVERSE else tl.exp(tl.minimum(total - b, 0.0)), DOT)
+        write = tl.exp(b) if REVERSE else tl.exp(tl.minimum(total - b, 0.0))
+        state = _grow(state, k, (v * write[:, None]).to(k.dtype), total, DOT)
         passed += total
-    at = updates_ptr + (i_u * PIECES + i_p).to(tl.int64) * K * V + ks[:, None] * V + vs[None, :]
+    at = updates_ptr + (i_p * H + i_h).to(tl.int64) * K * V + ks[:, None] * V + vs[None, :]
     tl.store(at, state, mask=in_k[:, None] & in_v[None, :])
     if GATED:
-        tl.store(sums_ptr + i_u * PIECES + i_p, passed)
+        tl.store(sums_ptr + i_p * H + i_h, passed)
+
+
+@triton.jit
+def _join(decay, update, decay_later, update_later):
+    """Two spans of tokens as one: its log decay, and what it adds to the state."""
+    return decay + decay_later, update * tl.exp(decay_later) + update_later
 
 
 @remembered
 @triton.jit
+def _piece_starts(
+    updates_ptr, start_ptr, sums_ptr, g_ptr, table_ptr, starts_ptr, T, H, N, PIECES, piece,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    REVERSE: tl.constexpr, GATED: tl.constexpr, VARLEN: tl.constexpr, START: tl.constexpr,
+):  # fmt: skip
+    """The state that each piece starts from, [pieces, H, K V]; a program has BLOCK entries of one (sequence, head)."""
+    BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    i_h = tl.program_id(0) // BLOCKS % H
+    owner = tl.program_id(0) // BLOCKS // H
+    some_piece = tl.load(table_ptr + N + 1 + owner).to(tl.int32) if VARLEN else owner * PIECES
+    i_n, piece0, pieces, _, length = _place(some_piece, table_ptr, T, N, PIECES, VARLEN)
+    at = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    inside = at < SIZE
+    g = 0.0 if GATED else tl.load(g_ptr + i_h)
+    state = tl.zeros([BLOCK], dtype=tl.float32)
+    if START:
+        state += tl.load(start_ptr + (i_n * H + i_h) * SIZE + at, mask=inside, other=0.0)
+    i_first = piece0 + pieces - 1 if REVERSE else piece0
+    tl.store(starts_ptr + (i_first * H + i_h).to(tl.int64) * SIZE + at, state, mask=inside)
+    for r0 in range(0, pieces - 1, GROUP):
+        r = r0 + tl.arange(0, GROUP)  # pieces in the order in which they are passed; nothing starts from the last
+        i_p = piece0 + (pieces - 1 - r if REVERSE else r)
+        known = r < pieces - 1
+        wide = known[:, None] & inside[None, :]
+        here = (i_p * H + i_h).to(tl.int64)
+        update = tl.load(updates_ptr + here[:, None] * SIZE + at[None, :], mask=wide, other=0.0)
+        if GATED:
+            decay = tl.load(sums_ptr + here, mask=known, other=0.0)
+        else:
+            decay = tl.where(known, tl.minimum(piece, length - (i_p - piece0) * piece) * g, 0.0)
+        decay, update = tl.associative_scan((tl.broadcast_to(decay[:, None], update.shape), update), 0, _join)
+        after = update + state[None, :] * tl.exp(decay)
+        later = (here - H if REVERSE else here + H)[:, None]
+        tl.store(starts_ptr + later * SIZE + at[None, :], after, mask=wide)
+        state = tl.sum(tl.where((tl.arange(0, GROUP) == GROUP - 1)[:, None], after, 0.0), 0)
+
+
+@triton.jit
 def _sweep(
-    q_ptr, k_ptr, v_ptr, g_ptr, out_ptr, start_ptr, updates_ptr, sums_ptr, final_ptr, cu_ptr, kept_ptr, products_ptr, scale,
-    T, H, PIECES, piece,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, state_k, state_v,
+    program, q_ptr, k_ptr, v_ptr, g_ptr, out_ptr, start_ptr, final_ptr, table_ptr,
+    mine_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, N, PIECES, piece,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, mine_b, mine_t, mine_h, state_k, state_v, ends, meets,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     REVERSE: tl.constexpr, GATED: tl.constexpr, FAR: tl.constexpr, VARLEN: tl.constexpr, START: tl.constexpr, FINAL: tl.constexpr,
-    SPLIT: tl.constexpr, KEEP: tl.constexpr, MEET: tl.constexpr, DOT: tl.constexpr, READ: tl.constexpr,
+    KEEP: tl.constexpr, MEET: tl.constexpr, DOT: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
+    """One program's share. Where two sweeps run side by side, `ends` and `meets` say which of both FINAL and MEET are for."""
     NV: tl.constexpr = (V + BV - 1) // BV
-    i_v = tl.program_id(0) % NV
-    i_p = tl.program_id(0) // NV % PIECES
-    i_u = tl.program_id(0) // NV // PIECES  # which (sequence, head)
-    i_b, i_h = (i_u // H).to(tl.int64), i_u % H
-    first = i_p * piece
-    if VARLEN:
-        begin = tl.load(cu_ptr + i_b).to(tl.int64)
-        length = (tl.load(cu_ptr + i_b + 1) - begin).to(tl.int32)
-        token = begin
-        chunk0 = begin // C + i_b  # numbers of chunks through all sequences, for KEEP and MEET
-        i_b = i_b * 0
-    else:
-        length = T
-        token = i_b * T
-        chunk0 = i_b * tl.cdiv(T, C)
+    i_v = program % NV
+    i_h = program // NV % H
+    i_p = program // NV // H
+    i_n, piece0, pieces, begin, length = _place(i_p, table_ptr, T, N, PIECES, VARLEN)
+    first = (i_p - piece0) * piece
     last = tl.minimum(first + piece, length)
+    row = begin * 0 if VARLEN else i_n
+    token = row * T + begin  # of the sequence's first, through all rows
+    chunk0 = (
+        begin // C + i_n if VARLEN else i_n * tl.cdiv(T, C)
+    )  # numbers of chunks through all sequences, for KEEP and MEET
 
     ks, vs, cs = tl.arange(0, BK), i_v * BV + tl.arange(0, BV), tl.arange(0, C)
     in_k, in_v = ks < K, vs < V
     in_state = in_k[:, None] & in_v[None, :]
     at_state = ks[:, None] * state_k + vs[None, :] * state_v
-    base = begin if VARLEN else i_b * 0
-    q_ptr += i_b * q_b + base * q_t + i_h * q_h
-    k_ptr += i_b * k_b + base * k_t + i_h * k_h
-    v_ptr += i_b * v_b + base * v_t + i_h * v_h
+    q_ptr += row * q_b + begin * q_t + i_h * q_h
+    k_ptr += row * k_b + begin * k_t + i_h * k_h
+    v_ptr += row * v_b + begin * v_t + i_h * v_h
     out_ptr += (token * H + i_h) * V
     g_ptr += token * H + i_h if GATED else i_h
     g = 0.0 if GATED else tl.load(g_ptr)
+    if KEEP or MEET:
+        mine_ptr += row * mine_b + begin * mine_t + i_h * mine_h
 
     state = tl.zeros([BK, BV], dtype=tl.float32)
     if START:
-        state += tl.load(start_ptr + i_u.to(tl.int64) * K * V + at_state, mask=in_state, other=0.0)
-    if SPLIT:  # what the pieces passed before this one have written
-        passed = (PIECES - 1 - i_p) if REVERSE else i_p
-        reach = passed if GATED else _remembered(g, piece, passed)
-        if reach < passed:
-            state *= 0.0
-        for i in range(passed - reach, passed):
-            j = (PIECES - 1 - i) if REVERSE else i
-            if GATED:
-                decay = tl.load(sums_ptr + i_u * PIECES + j)
-            else:
-                decay = tl.maximum(tl.minimum(piece, length - j * piece), 0) * g
-            at = updates_ptr + (i_u * PIECES + j).to(tl.int64) * K * V + at_state
-            state = state * tl.exp(decay) + tl.load(at, mask=in_state, other=0.0)
+        state += tl.load(start_ptr + (i_p * H + i_h).to(tl.int64) * K * V + at_state, mask=in_state, other=0.0)
 
     if REVERSE:
         seen = cs[:, None] <= cs[None, :]
@@ -183,9 +231,10 @@ def _sweep(
         b, total = _running_decay(ahead if GATED else g, tl.minimum(last - c0, C), GATED, C)
         ahead = _gates(g_ptr, t - C if REVERSE else t + C, first, last, H, GATED)
         boundary = (chunk0 + c0 // C) * H + i_h  # behind this chunk, where KEEP and MEET serve a decay that learns
+        at_boundary = kept_ptr + boundary * K * V + ks[:, None] * V + vs[None, :] if KEEP or MEET else 0
         if MEET:
-            kept = tl.load(kept_ptr + boundary * K * V + ks[:, None] * V + vs[None, :], mask=in_state, other=0.0)
-            tl.store(products_ptr + boundary * NV + i_v, tl.sum(kept.to(tl.float32) * state))
+            kept = tl.load(at_boundary, mask=in_state & meets, other=0.0)
+            tl.store(products_ptr + boundary * NV + i_v, tl.sum(kept.to(tl.float32) * state), mask=meets)
         q = tl.load(q_ptr + t[:, None] * q_t + ks[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)
         k = tl.load(k_ptr + t[:, None] * k_t + ks[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)
         v = tl.load(v_ptr + t[:, None] * v_t + vs[None, :], mask=inside[:, None] & in_v[None, :], other=0.0)
@@ -196,181 +245,73 @@ def _sweep(
             log_weight = b[:, None] - b[None, :]
             read, write = tl.exp(b), tl.exp(tl.minimum(total - b, 0.0))
         weight = scale * tl.exp(tl.where(seen, log_weight, float("-inf")))  # no positive exponent, no inf * 0
-        scores = tl.dot(q, tl.trans(k), input_precision=DOT) * weight
-        out = tl.dot(q.to(READ), state.to(READ), input_precision=DOT) * (scale * read)[:, None]
-        out = tl.dot(scores.to(v.dtype), v, out, input_precision=DOT)
-        tl.store(
-            out_ptr + t[:, None] * (H * V) + vs[None, :],
-            out.to(out_ptr.dtype.element_ty),
-            mask=inside[:, None] & in_v[None, :],
-        )
-        state = _grow(state, k, v, total, write, DOT)
+        written = (v * write[:, None]).to(k.dtype)
+        if HALF:  # as bfloat16: without decay the state can outgrow float16's range
+            out = tl.dot(q.to(tl.bfloat16), state.to(tl.bfloat16))
+        else:
+            out = tl.dot(q.to(tl.float32), state, input_precision=DOT)
+        scores = tl.dot(q, tl.trans(k), input_precision=DOT)
+        state = _grow(
+            state, k, written, total, DOT
+        )  # before the outputs are ready: the tensor cores need not wait for weights
+        out = tl.dot((scores * weight).to(v.dtype), v, out * (scale * read)[:, None], input_precision=DOT)
+        wide = inside[:, None] & in_v[None, :]
+        tl.store(out_ptr + t[:, None] * (H * V) + vs[None, :], out.to(out_ptr.dtype.element_ty), mask=wide)
+        if KEEP or MEET:
+            learns = wide & meets if MEET else wide
+            mine = tl.load(mine_ptr + t[:, None] * mine_t + vs[None, :], mask=learns, other=0.0).to(tl.float32)
+            tl.store(rows_ptr + ((token + t) * H + i_h) * NV + i_v, tl.sum(mine * out, 1), mask=inside & meets)
         if KEEP:
-            at = kept_ptr + boundary * K * V + ks[:, None] * V + vs[None, :]
-            tl.store(at, state.to(kept_ptr.dtype.element_ty), mask=in_state)
+            tl.store(at_boundary, state.to(kept_ptr.dtype.element_ty), mask=in_state)
     if FINAL:  # the program that passed last over its (sequence, head)
-        if i_p == (0 if REVERSE else PIECES - 1):
-            tl.store(final_ptr + i_u.to(tl.int64) * K * V + at_state, state, mask=in_state)
+        if i_p == (piece0 if REVERSE else piece0 + pieces - 1):
+            tl.store(final_ptr + (i_n * H + i_h) * K * V + at_state, state, mask=in_state & ends)
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """Sizes of one launch: chunk length, width of a slice of v, warps, pipeline stages, pieces a sequence is cut into."""
-
-    chunk: int
-    slice: int
-    warps: int
-    stages: int
-    pieces: int = 1
-
-
-class Updates(NamedTuple):
-    """What every piece of a sequence alone adds to the state: [B, H, pieces, K, V], and its total log decay if there are gates."""
-
-    states: Tensor
-    sums: Tensor
-
-    @property
-    def mT(self) -> Updates:
-        """The same, for states written transposed."""
-        return Updates(self.states.mT, self.sums)
+@remembered
+@triton.jit
+def _single(
+    q_ptr, k_ptr, v_ptr, g_ptr, out_ptr, start_ptr, final_ptr, table_ptr,
+    mine_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, N, PIECES, piece,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, mine_b, mine_t, mine_h, state_k, state_v,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    REVERSE: tl.constexpr, GATED: tl.constexpr, FAR: tl.constexpr, VARLEN: tl.constexpr, START: tl.constexpr, FINAL: tl.constexpr,
+    KEEP: tl.constexpr, MEET: tl.constexpr, DOT: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """One sweep."""
+    _sweep(
+        tl.program_id(0), q_ptr, k_ptr, v_ptr, g_ptr, out_ptr, start_ptr, final_ptr, table_ptr,
+        mine_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, N, PIECES, piece,
+        q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, mine_b, mine_t, mine_h, state_k, state_v, True, True,
+        K, V, BK, BV, C, REVERSE, GATED, FAR, VARLEN, START, FINAL, KEEP, MEET, DOT, HALF,
+    )  # fmt: skip
 
 
-def tiles_for(q: Tensor, v: Tensor, *, packed: bool = False) -> Tiles:
-    """Sizes that were fastest on an H200 (`python -m attnlab.kernels.bench` measures them)."""
-    batch, length, heads, width = q.shape
-    widest = max(width, v.shape[-1])  # the backward sweeps exchange the two
-    if q.dtype == torch.float32:
-        chunk, slices, warps, stages = 32, 32, 4, 1
-    elif widest > 128:
-        chunk, slices, warps, stages = 64, 32, 4, 2
-    else:
-        chunk, slices, warps, stages = 64, 64, 4, 3 if widest <= 64 else 2
-    slices = min(slices, padded(v.shape[-1]))
-    programs = batch * heads * cdiv(v.shape[-1], slices)
-    waves = 2 * multiprocessors(q.device)  # programs that run at once: two a multiprocessor
-    pieces = 1
-    if (
-        not packed and programs < 1.5 * waves
-    ):  # too few to fill the GPU: cut into four full waves, 1024 tokens a piece or more
-        wanted = max(1, min(4 * waves // programs, length // 1024))
-        pieces = cdiv(length, _piece_length(length, wanted, chunk))
-    return Tiles(chunk, slices, warps, stages, pieces)
+@remembered
+@triton.jit
+def _twins(
+    q_ptr, k_ptr, v_ptr, do_ptr, g_ptr, dk_ptr, dv_ptr, start_ptr, final_ptr, table_ptr,
+    kept_ptr, products_ptr, rows_ptr, scale, T, H, N, PIECES, piece,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
+    K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    GATED: tl.constexpr, FAR: tl.constexpr, VARLEN: tl.constexpr, START: tl.constexpr, FINAL: tl.constexpr,
+    MEET: tl.constexpr, DOT: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """dv and dk at once, for K = V. Both read q, k, v and do: what a program of one loads, its neighbour of the other has in cache.
 
-
-def sweep(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    scale: float,
-    tiles: Tiles,
-    *,
-    reverse: bool = False,
-    start: Tensor | None = None,
-    updates: Updates | None = None,
-    final: bool = False,
-    cu_seqlens: Tensor | None = None,
-    keep: Boundaries | None = None,
-    meet: Boundaries | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """One launch: out [B, T, H, V], and the state [N, H, K, V] after the last token if `final`.
-
-    `start` and `updates` may both be transposed views: the dq sweep reads the states of the forward sweep. `keep` has the states
-    behind all chunks written, `meet` the products of those with this sweep's, for the gradient of the decay.
+    A program picks its pointers; two copies of the loop would need the registers and the shared memory of both.
     """
-    batch, length, heads, width = q.shape
-    channels = v.shape[-1]
-    sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    last = torch.empty(sequences, heads, width, channels, device=v.device) if final else None
-    states = [x for x in (start, updates.states if updates else None, last) if x is not None]
-    layout = states[0].stride()[-2:] if states else (0, 0)
-    slices = cdiv(channels, tiles.slice)
-    behind = keep or meet or (None, None)
-    _sweep[(sequences * heads * tiles.pieces * slices,)](
-        q, k, v, log_decay, out, start, *(updates or (None, None)), last, cu_seqlens, *behind, scale,
-        length, heads, tiles.pieces, _piece_length(length, tiles.pieces, tiles.chunk), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *layout,
-        K=width, V=channels, BK=padded(width), BV=tiles.slice, C=tiles.chunk,
-        REVERSE=reverse, GATED=log_decay.dim() == 3, FAR=_far(q, k, v), VARLEN=cu_seqlens is not None,
-        START=start is not None, FINAL=final, SPLIT=tiles.pieces > 1,
-        KEEP=keep is not None, MEET=meet is not None, **_precision(q),
-        num_warps=tiles.warps, num_stages=tiles.stages,
+    NV: tl.constexpr = (K + BV - 1) // BV
+    pair = tl.program_id(0) % (2 * NV)
+    values = pair < NV  # this program's are those of dv = sweep(k, q, do); the others' of dk = sweep(v, do, q)
+    _sweep(
+        tl.program_id(0) // (2 * NV) * NV + pair % NV,
+        tl.where(values, k_ptr, v_ptr), tl.where(values, q_ptr, do_ptr), tl.where(values, do_ptr, q_ptr), g_ptr,
+        tl.where(values, dv_ptr, dk_ptr), start_ptr, final_ptr, table_ptr,
+        k_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, N, PIECES, piece,
+        tl.where(values, k_b, v_b), tl.where(values, k_t, v_t), tl.where(values, k_h, v_h),
+        tl.where(values, q_b, do_b), tl.where(values, q_t, do_t), tl.where(values, q_h, do_h),
+        tl.where(values, do_b, q_b), tl.where(values, do_t, q_t), tl.where(values, do_h, q_h),
+        k_b, k_t, k_h, tl.where(values, K, 1), tl.where(values, 1, K), values, values == 0,
+        K, K, BK, BV, C, True, GATED, FAR, VARLEN, START, FINAL, False, MEET, DOT, HALF,
     )  # fmt: skip
-    return out, last
-
-
-def piece_updates(k: Tensor, v: Tensor, log_decay: Tensor, tiles: Tiles, *, reverse: bool = False) -> Updates | None:
-    """The first pass over sequences that are cut into pieces; None where they are not."""
-    if tiles.pieces == 1:
-        return None
-    batch, length, heads, width = k.shape
-    channels = v.shape[-1]
-    states = torch.empty(batch, heads, tiles.pieces, width, channels, device=k.device)
-    sums = torch.empty(batch, heads, tiles.pieces, device=k.device)
-    slices = cdiv(channels, tiles.slice)
-    _piece_updates[(batch * heads * tiles.pieces * slices,)](
-        k, v, log_decay, states, sums,
-        length, heads, tiles.pieces, _piece_length(length, tiles.pieces, tiles.chunk), *k.stride()[:3], *v.stride()[:3],
-        K=width, V=channels, BK=padded(width), BV=tiles.slice, C=tiles.chunk,
-        REVERSE=reverse, GATED=log_decay.dim() == 3, FAR=_far(k, v), DOT=dot_precision(k),
-        num_warps=tiles.warps, num_stages=tiles.stages + 1,  # two blocks a chunk instead of three leave room for one more
-    )  # fmt: skip
-    return Updates(states, sums)
-
-
-class LinearDecay(torch.autograd.Function):
-    """Four sweeps: one forward, three backward."""
-
-    @staticmethod
-    def forward(ctx: Any, q, k, v, log_decay, start, scale, cu, tiles, with_state=True):
-        ctx.set_materialize_grads(False)
-        updates = piece_updates(k, v, log_decay, tiles)
-        out, final = sweep(
-            q, k, v, log_decay, scale, tiles, start=start, updates=updates, final=with_state, cu_seqlens=cu
-        )
-        ctx.save_for_backward(q, k, v, log_decay, start, cu, *(updates or ()))
-        ctx.scale, ctx.tiles = scale, tiles
-        return out, final
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out, d_final):
-        q, k, v, g, start, cu, *pieces = ctx.saved_tensors
-        scale, tiles = ctx.scale, ctx.tiles
-        d_out = torch.zeros_like(v) if d_out is None else rows(d_out)
-        # The states run with the inputs here and with d_out below; each sweep scales what it reads, hence the division.
-        ahead = None if d_final is None else d_final.float().contiguous() / scale
-        behind = Updates(*pieces) if pieces else None
-        before = piece_updates(q, d_out, g, tiles, reverse=True)
-        slices = cdiv(q.shape[-1], tiles.slice)
-        edges = boundaries(q, v, tiles.chunk, slices, cu) if ctx.needs_input_grad[3] else None
-        dq, _ = sweep(d_out, v, k, g, scale, tiles, start=_mT(start), updates=_mT(behind), cu_seqlens=cu, keep=edges)
-        back: Any = {"reverse": True, "cu_seqlens": cu}
-        dv, d_start = sweep(k, q, d_out, g, scale, tiles, start=ahead, updates=before, final=start is not None, **back)
-        dk, _ = sweep(v, d_out, q, g, scale, tiles, start=_mT(ahead), updates=_mT(before), meet=edges, **back)
-        dg = None
-        if edges is not None:
-            dg = decay_gradient(q, dq, k, dk, edges.products, scale, tiles.chunk, cu)
-            dg = dg if g.dim() == 3 else dg.sum((0, 1))
-        return dq, dk, dv, dg, None if d_start is None else d_start * scale, None, None, None, None
-
-
-def _mT(x):
-    return None if x is None else x.mT
-
-
-def _piece_length(length: int, pieces: int, chunk: int) -> int:
-    """Tokens a piece: whole chunks, so that only the last piece is ragged."""
-    return cdiv(cdiv(length, pieces), chunk) * chunk
-
-
-def _precision(x: Tensor) -> dict[str, Any]:
-    """How products are formed. Half precisions read the state as bfloat16: without decay it can outgrow float16's range."""
-    narrow = x.dtype != torch.float32 and x.is_cuda  # the interpreter's bfloat16 is wrong
-    return {"DOT": dot_precision(x), "READ": tl.bfloat16 if narrow else tl.float32}
-
-
-def _far(*tensors: Tensor) -> bool:
-    """Whether an offset inside one sequence can outgrow 32 bits; the wider arithmetic costs 5 %."""
-    return any(x.shape[1] * x.stride(1) >= 2**31 for x in tensors) or tensors[-1].shape[1:].numel() >= 2**31

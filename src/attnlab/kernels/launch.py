@@ -29,7 +29,7 @@ class Launcher:
         return lambda *arguments, **constants: self._launch(grid, arguments, constants)
 
     def _launch(self, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        key = (arguments[0].device, *map(_described, arguments), *constants.values())
+        key = (arguments[0].device, *[x if type(x) is int else _described(x) for x in arguments], *constants.values())
         known = self._variants.get(key)
         if known is None:
             variant = self.kernel[grid](*arguments, **constants)

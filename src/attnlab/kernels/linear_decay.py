@@ -79,20 +79,20 @@ def linear_decay_attention(
             where looking would stall the stream, only `cu_seqlens` and log decays of shape [H] are looked at, the latter once
             each).
     """
-    _check(q, k, v, log_decay, initial_state, cu_seqlens)
+    bounds = _check(q, k, v, log_decay, initial_state, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if scale == 0 or not math.isfinite(scale):
         raise ValueError(f"scale={scale} must be finite and not 0; leave it out for K ** -0.5")
     if not on_gpu("linear_decay_attention", q):
-        out, final = _torch_form(q, k, v, log_decay, scale, initial_state, cu_seqlens)
+        out, final = _torch_form(q, k, v, log_decay, scale, initial_state, bounds)
         return out, final if return_state else None
-    from attnlab.kernels.decay_sweep import LinearDecay, tiles_for
+    from attnlab.kernels.decay_launch import LinearDecay, tiles_for
 
     q, k, v = rows(q), rows(k), rows(v)
     start = None if initial_state is None else initial_state.float().contiguous()
-    tiles = tiles_for(q, v, packed=cu_seqlens is not None)
+    decay = log_decay.float().contiguous()
     with torch.cuda.device(q.device):
-        return LinearDecay.apply(q, k, v, log_decay.float().contiguous(), start, scale, cu_seqlens, tiles, return_state)
+        return LinearDecay.apply(q, k, v, decay, start, scale, bounds, tiles_for(q, v), return_state)
 
 
 def _torch_form(
@@ -102,16 +102,15 @@ def _torch_form(
     log_decay: Tensor,
     scale: float,
     initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
+    bounds: list[int] | None,
 ) -> tuple[Tensor, Tensor]:
     """The chunked form of `attnlab.mixers`, one sequence after the other where several are packed."""
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k, w, log_decay = q.to(work), k.to(work), v.to(work), log_decay.to(work)
     start = None if initial_state is None else initial_state.to(work)
-    if cu_seqlens is None:
+    if bounds is None:
         out, final = recurrence.chunked(q, k, w, log_decay, scale=scale, initial_state=start)
         return out.to(v.dtype), final
-    bounds = cu_seqlens.tolist()
     outs, finals = [], []
     for n, (first, last) in enumerate(pairwise(bounds)):
         piece = slice(first, last)
@@ -130,8 +129,8 @@ def _torch_form(
 
 def _check(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
-) -> None:
-    """Raise ValueError for anything that the kernels would read wrongly."""
+) -> list[int] | None:
+    """The bounds of packed sequences, if there are any; ValueError for anything that the kernels would read wrongly."""
     arguments.queries_keys_values(q, k, v)
     arguments.floating(log_decay=log_decay, initial_state=initial_state)
     arguments.beside("q", q, log_decay=log_decay, initial_state=initial_state, cu_seqlens=cu_seqlens)
@@ -144,12 +143,12 @@ def _check(
         checks.shape("log_decay", log_decay, (batch, length, heads), "[B, T, H] of q")
     else:
         _check_decay(log_decay, (batch, length, heads, width))
-    sequences = batch
-    if cu_seqlens is not None:
-        sequences = arguments.bounds(cu_seqlens, batch, length)
+    bounds = None if cu_seqlens is None else arguments.bounds(cu_seqlens, batch, length)
+    sequences = batch if bounds is None else len(bounds) - 1
     if initial_state is not None:
         wanted = (sequences, heads, width, v.shape[3])
         checks.shape("initial_state", initial_state, wanted, "[N, H, K, V]")
+    return bounds
 
 
 _SEEN = WeakTensorKeyDictionary()  # head decays that were looked at, with their version

@@ -68,7 +68,7 @@ def linear_decay() -> Implementation:
     def prepare(problem: Problem) -> Run:
         x, config = problem.copies(), {}
         if x["q"].is_cuda:
-            from attnlab.kernels.decay_sweep import tiles_for
+            from attnlab.kernels.decay_launch import tiles_for
 
             config = asdict(tiles_for(x["q"], x["v"]))
         inputs = (x["q"], x["k"], x["v"], x["log_decay"])

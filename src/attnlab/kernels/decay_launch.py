@@ -1,0 +1,215 @@
+"""Launches of the sweeps of `attnlab.kernels.decay_sweep`: sizes, pieces, packed sequences, and the autograd function.
+
+Forward and backward are three launches: o, dq, and dv with dk (two more where K and V differ and these go apart). Sequences that
+are cut into pieces cost two more, and a decay that learns one (`attnlab.kernels.decay_gradient`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from attnlab.kernels.decay_gradient import Boundaries, boundaries, decay_gradient
+from attnlab.kernels.decay_sweep import _piece_starts, _piece_updates, _single, _twins
+from attnlab.kernels.dispatch import cdiv, dot_precision, multiprocessors, padded, rows
+from attnlab.kernels.packing import Packing, packing
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Sizes of one launch: chunk length, width of a slice of v, warps, pipeline stages, pieces a row is cut into."""
+
+    chunk: int
+    slice: int
+    warps: int
+    stages: int
+    pieces: int = 1
+
+    def piece(self, length: int) -> int:
+        """Tokens a piece of rows of this length: whole chunks, so that only the last piece of a sequence is ragged."""
+        return cdiv(cdiv(length, self.pieces), self.chunk) * self.chunk
+
+
+def tiles_for(q: Tensor, v: Tensor) -> Tiles:
+    """Sizes that were fastest on an H200 (`python -m attnlab.kernels.bench` measures them)."""
+    batch, length, heads, width = q.shape
+    widest = max(width, v.shape[-1])  # the backward sweeps exchange the two
+    if q.dtype == torch.float32:
+        chunk, slices, warps, stages = 32, 32, 4, 1
+    elif widest > 128:
+        chunk, slices, warps, stages = 64, 32, 4, 2
+    else:
+        chunk, slices, warps, stages = 64, 64, 4, 3 if widest <= 64 else 2
+    whole = Tiles(chunk, min(slices, padded(v.shape[-1])), warps, stages)
+    programs = batch * heads * cdiv(v.shape[-1], whole.slice)
+    waves = 2 * multiprocessors(q.device)  # programs that run at once: two a multiprocessor
+    if programs >= 1.5 * waves:
+        return whole
+    # Too few to fill the GPU: cut into four full waves, or into one where pieces would fall below 1024 tokens.
+    wanted = max(min(4 * waves // programs, length // 1024), min(waves // programs, length // 128), 1)
+    piece = Tiles(chunk, whole.slice, warps, stages, wanted).piece(length)
+    return Tiles(chunk, whole.slice, warps, stages, cdiv(length, piece))
+
+
+class Sweeps:
+    """All launches over one set of inputs share sizes, decay and scale.
+
+    Args:
+        log_decay: [H] or [B, T, H], float32.
+        length, batch, heads: of q.
+    """
+
+    def __init__(self, q: Tensor, log_decay: Tensor, scale: float, tiles: Tiles, packed: Packing | None = None) -> None:
+        self.batch, self.length, self.heads = q.shape[:3]
+        self.device, self.log_decay, self.scale, self.tiles, self.packed = q.device, log_decay, scale, tiles, packed
+        self.sequences = packed.sequences if packed else self.batch
+        self.pieces = packed.pieces if packed else self.batch * tiles.pieces
+        self.split = self.pieces > self.sequences
+        self.table = packed.table if packed else None
+        self.sizes = (self.length, self.heads, self.sequences, tiles.pieces, tiles.piece(self.length))
+        self.constants = {
+            "C": tiles.chunk, "GATED": log_decay.dim() == 3, "VARLEN": packed is not None, "DOT": dot_precision(q),
+        }  # fmt: skip
+        self.launch = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+        self.half = q.dtype != torch.float32 and q.is_cuda  # the interpreter's bfloat16 is wrong
+
+    def starts(self, k: Tensor, v: Tensor, start: Tensor | None = None, *, reverse: bool = False) -> Tensor | None:
+        """The states that the sweep over k and v starts from: [pieces, H, K, V], or `start` itself where nothing is cut.
+
+        Args:
+            start: of every sequence, [N, H, K, V].
+        """
+        if not self.split:
+            return start
+        width, channels = k.shape[-1], v.shape[-1]
+        updates, starts = torch.empty(2, self.pieces, self.heads, width, channels, device=self.device)
+        sums = torch.empty(self.pieces, self.heads, device=self.device)
+        _piece_updates[self._grid(channels)](
+            k, v, self.log_decay, updates, sums, self.table, *self.sizes, *k.stride()[:3], *v.stride()[:3],
+            K=width, V=channels, BK=padded(width), BV=self.tiles.slice, REVERSE=reverse, FAR=_far(k, v), **self.constants,
+            num_warps=self.tiles.warps, num_stages=self.tiles.stages + 2,  # two blocks a chunk, not three: room for more
+        )  # fmt: skip
+        size, block = width * channels, 256
+        _piece_starts[(self.sequences * self.heads * cdiv(size, block),)](
+            updates, start, sums, self.log_decay, self.table, starts, *self.sizes,
+            SIZE=size, BLOCK=block, GROUP=min(padded(self.tiles.pieces), 32), REVERSE=reverse, GATED=self.constants["GATED"],
+            VARLEN=self.constants["VARLEN"], START=start is not None, num_warps=4,
+        )  # fmt: skip
+        return starts
+
+    def sweep(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        reverse: bool = False,
+        start: Tensor | None = None,
+        final: bool = False,
+        keep: Boundaries | None = None,
+        meet: Boundaries | None = None,
+        mine: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One sweep: out [B, T, H, V], and the state [N, H, K, V] after the last token if `final`.
+
+        `start` is what :meth:`starts` gave, or a transposed view of that: the dq sweep reads the states of the forward sweep. For the
+        gradient of the decay `keep` has the states behind all chunks written, and `meet` the products of those with this sweep's;
+        both have the products of every output with `mine`.
+        """
+        width, channels = q.shape[-1], v.shape[-1]
+        out = torch.empty(v.shape, dtype=v.dtype, device=self.device)
+        last = torch.empty(self.sequences, self.heads, width, channels, device=self.device) if final else None
+        states = [x for x in (start, last) if x is not None]
+        layout = states[0].stride()[-2:] if states else (0, 0)
+        edge = keep or meet
+        behind = (edge.states, edge.products, edge.reads if keep else edge.writes) if edge else (None, None, None)
+        _single[self._grid(channels)](
+            q, k, v, self.log_decay, out, start, last, self.table, mine, *behind, self.scale,
+            *self.sizes, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *(q if mine is None else mine).stride()[:3], *layout,
+            K=width, V=channels, BK=padded(width), BV=self.tiles.slice, REVERSE=reverse, FAR=_far(q, k, v),
+            START=start is not None, FINAL=final, KEEP=keep is not None, MEET=meet is not None,
+            HALF=self.half, **self.constants, **self.launch,
+        )  # fmt: skip
+        return out, last
+
+    def keys_and_values(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        d_out: Tensor,
+        *,
+        start: Tensor | None = None,
+        final: bool = False,
+        meet: Boundaries | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """dk, dv and, if `final`, the state [N, H, K, V] before the first token, from the right."""
+        if k.shape[-1] != v.shape[-1]:
+            back: Any = {"reverse": True, "start": start}
+            dv, first = self.sweep(k, q, d_out, **back, final=final)
+            return self.sweep(v, d_out, q, reverse=True, start=_mT(start), meet=meet, mine=k)[0], dv, first
+        width = k.shape[-1]
+        dk, dv = torch.empty(k.shape, dtype=k.dtype, device=self.device), torch.empty_like(d_out)
+        first = torch.empty(self.sequences, self.heads, width, width, device=self.device) if final else None
+        behind = (meet.states, meet.products, meet.writes) if meet else (None, None, None)
+        _twins[(2 * self._grid(width)[0],)](
+            q, k, v, d_out, self.log_decay, dk, dv, start, first, self.table, *behind, self.scale,
+            *self.sizes, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3],
+            K=width, BK=padded(width), BV=self.tiles.slice, FAR=_far(q, k, v, d_out),
+            START=start is not None, FINAL=final, MEET=meet is not None,
+            HALF=self.half, **self.constants, **self.launch,
+        )  # fmt: skip
+        return dk, dv, first
+
+    def boundaries(self, q: Tensor, v: Tensor) -> Boundaries:
+        """Room for what `keep` and `meet` write."""
+        return boundaries(q, v, self.tiles.chunk, cdiv(q.shape[-1], self.tiles.slice), self.packed, half=self.half)
+
+    def _grid(self, channels: int) -> tuple[int]:
+        return (self.pieces * self.heads * cdiv(channels, self.tiles.slice),)
+
+
+class LinearDecay(torch.autograd.Function):
+    """Four sweeps: one forward, three backward. Sequences between `bounds` are packed into one row."""
+
+    @staticmethod
+    def forward(ctx: Any, q, k, v, log_decay, start, scale, bounds, tiles, with_state=True):
+        ctx.set_materialize_grads(False)
+        packed = None if bounds is None else packing(bounds, tiles.piece(q.shape[1]), q.device)
+        sweeps = Sweeps(q, log_decay, scale, tiles, packed)
+        starts = sweeps.starts(k, v, start)
+        out, final = sweeps.sweep(q, k, v, start=starts, final=with_state)
+        ctx.save_for_backward(q, k, v, log_decay, starts)
+        ctx.sweeps = sweeps
+        return out, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out, d_final):
+        q, k, v, g, starts = ctx.saved_tensors
+        sweeps = ctx.sweeps
+        d_out = torch.zeros_like(v) if d_out is None else rows(d_out)
+        # The states run with the inputs here and with d_out below; each sweep scales what it reads, hence the division.
+        d_final = None if d_final is None else d_final.float().contiguous() / sweeps.scale
+        edges = sweeps.boundaries(q, v) if ctx.needs_input_grad[3] else None
+        dq, _ = sweeps.sweep(d_out, v, k, start=_mT(starts), keep=edges, mine=q)
+        ends = sweeps.starts(q, d_out, d_final, reverse=True)
+        dk, dv, d_start = sweeps.keys_and_values(q, k, v, d_out, start=ends, final=ctx.needs_input_grad[4], meet=edges)
+        dg = None
+        if edges is not None:
+            dg = decay_gradient(edges, sweeps.scale, sweeps.tiles.chunk, sweeps.packed)
+            dg = dg if g.dim() == 3 else dg.sum((0, 1))
+        return dq, dk, dv, dg, None if d_start is None else d_start * sweeps.scale, None, None, None, None
+
+
+def _mT(x):
+    return None if x is None else x.mT
+
+
+def _far(*tensors: Tensor) -> bool:
+    """Whether an offset inside one sequence can outgrow 32 bits; the wider arithmetic costs 5 %."""
+    return any(x.shape[1] * x.stride(1) >= 2**31 for x in tensors) or tensors[-1].shape[1:].numel() >= 2**31
