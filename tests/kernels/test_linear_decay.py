@@ -237,7 +237,10 @@ BAD = {
         "initial_state: shape (3, 3, 12, 20), but [N, H, K, V] = (2, 3, 12, 20) is wanted",
     ),
     "transposed state": ({"initial_state": ones(B, H, V, K)}, "initial_state: shape (2, 3, 20, 12), but [N, H, K, V]"),
-    "bounds of a batch": ({"cu_seqlens": torch.tensor([0, T])}, "cu_seqlens: packs sequences into one row, but there are B="),
+    "bounds of a batch": (
+        {"cu_seqlens": torch.tensor([0, T])},
+        "cu_seqlens: packs sequences into one row, but there are B=",
+    ),
     "a state a row, not a sequence": (
         ONE_ROW | {"cu_seqlens": torch.tensor(BOUNDS), "initial_state": ones(1, H, K, V)},
         "initial_state: shape (1, 3, 12, 20), but [N, H, K, V] = (3, 3, 12, 20) is wanted",
