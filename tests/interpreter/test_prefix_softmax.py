@@ -1,13 +1,15 @@
 """The kernels of the Aaren scan, forward and backward, against autograd through the torch form in float64.
 
 The interpreter runs programs one after the other and is wrong about bfloat16, so races and bfloat16 are left to
-``tests/kernels/test_gpu.py``. What is proven here: prefixes inside and across chunks, pieces, every mask, weightless tokens.
+``tests/kernels/test_gpu.py``. What is proven here: prefixes inside and across chunks, pieces, every mask, weightless tokens,
+packed sequences.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,8 +17,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from attnlab.kernels import aaren_scan as module
+from attnlab.kernels import prefix_softmax
 from attnlab.kernels.aaren_scan import aaren_scan
 from attnlab.kernels.dispatch import rows
+from attnlab.kernels.packed import Sequences
 from attnlab.kernels.prefix_softmax import CHUNK, SHORT, PrefixSoftmax, pieces_for
 from attnlab.mixers import Summary, aaren
 
@@ -65,23 +69,29 @@ def torch_form(s: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return o, lse(s), o[:, -1]
 
 
-def cut_into(length: int, pieces: int) -> tuple[int, int]:
-    """How many pieces, and their length, a multiple of the chunk."""
+def kernels(
+    s: Tensor, v: Tensor, piece: int = 2 * CHUNK, bounds: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return PrefixSoftmax.apply(s, v, piece, Sequences.of(s.shape[1], bounds))
+
+
+def cut_into(length: int, pieces: int) -> int:
+    """The length of so many pieces, a multiple of the chunk."""
     piece = CHUNK * math.ceil(length / (pieces * CHUNK))
     assert math.ceil(length / piece) == pieces
-    return pieces, piece
+    return piece
 
 
 def error(got: Tensor, wanted: Tensor) -> float:
     return float((got.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
 
 
-def errors(s: Tensor, v: Tensor, cut: tuple[int, int], d_o: Tensor, d_lse: Tensor, d_end: Tensor) -> dict[str, float]:
+def errors(s: Tensor, v: Tensor, piece: int, d_o: Tensor, d_lse: Tensor, d_end: Tensor) -> dict[str, float]:
     """Relative errors of all outputs and both gradients, on the values that the kernel sees."""
     results = []
     for exact in (False, True):
         x = [(y.double() if exact else y).detach().requires_grad_() for y in (s, v)]
-        o, log, end = torch_form(*x) if exact else PrefixSoftmax.apply(*x, cut)
+        o, log, end = torch_form(*x) if exact else kernels(*x, piece)
         grads = torch.autograd.grad([o, log, end], x, [d_o.to(o), d_lse.to(log), d_end.to(end)])
         results.append([o.detach(), log.detach(), end.detach(), *grads])
     names = ["output", "lse", "end", "gradient of s", "gradient of v"]
@@ -112,7 +122,7 @@ def test_outputs_that_nobody_reads_have_no_gradient(draw):
     x = [draw(1, 70, 2).requires_grad_(), draw(1, 70, 2, 12).requires_grad_()]
     for index in range(3):
         results = []
-        for form in (lambda *y: PrefixSoftmax.apply(*y, (1, 128)), torch_form):
+        for form in (kernels, torch_form):
             output = form(*x)[index]
             results.append(torch.autograd.grad(output.square().sum(), x, allow_unused=True))
         for got, wanted in zip(*results, strict=True):
@@ -125,9 +135,8 @@ def test_tokens_without_weight(pieces, draw):
     s, v = draw(1, 150, 2), draw(1, 150, 2, 12)
     s[:, :70, 0] = -torch.inf
     s[:, 100:110] = -torch.inf
-    cut = cut_into(150, pieces)
     x = [y.clone().requires_grad_() for y in (s, v)]
-    o, log, _ = PrefixSoftmax.apply(*x, cut)
+    o, log, _ = kernels(*x, cut_into(150, pieces))
     wanted = aaren(s.double(), v.double())[0]
     assert torch.equal(o[:, :70, 0], torch.zeros_like(o[:, :70, 0]))
     assert bool((log[:, :70, 0] == -torch.inf).all())
@@ -139,9 +148,9 @@ def test_tokens_without_weight(pieces, draw):
 
 def test_no_output_reads_a_later_token(draw):
     s, v = draw(1, 100, 1), draw(1, 100, 1, 12)
-    before, *_ = PrefixSoftmax.apply(s, v, (1, 128))
+    before, *_ = kernels(s, v)
     s[:, 70:], v[:, 70:] = draw(1, 30, 1), draw(1, 30, 1, 12)
-    after, *_ = PrefixSoftmax.apply(s, v, (1, 128))
+    after, *_ = kernels(s, v)
     assert torch.equal(before[:, :70], after[:, :70])
     assert not torch.equal(before[:, 70:], after[:, 70:])
 
@@ -151,9 +160,7 @@ def test_values_that_lie_apart_in_memory(draw):
     v = joint[..., 20:40]
     assert not v.is_contiguous()
     assert rows(v) is v
-    for got, wanted in zip(
-        PrefixSoftmax.apply(s, v, (1, 128)), PrefixSoftmax.apply(s, v.contiguous(), (1, 128)), strict=True
-    ):
+    for got, wanted in zip(kernels(s, v), kernels(s, v.contiguous()), strict=True):
         assert torch.equal(got, wanted)
 
 
@@ -235,3 +242,131 @@ def test_pieces_cover_the_sequence(length):
     pieces, piece = pieces_for(torch.empty(1, length, 2))
     assert piece % CHUNK == 0
     assert (pieces - 1) * piece < length <= pieces * piece
+
+
+#: bounds, width, tokens a piece, standard deviation of the scores
+PACKED = {
+    "one token each": ((0, 1, 2, 3), 12, CHUNK, 1.0),
+    "one token, one chunk, one token more": ((0, 1, 1 + SHORT, 2 + 2 * SHORT, 130), 20, CHUNK, 1.0),
+    "one long sequence alone": ((0, 200), 12, CHUNK, 1.0),
+    "pieces of a long sequence between short ones": ((0, 70, 71, 71 + 3 * CHUNK + 1, 290), 12, CHUNK, 10.0),
+    "three levels of chunks": ((0, 1, SHORT * SHORT + 6, SHORT * SHORT + 6 + CHUNK), 5, 8 * CHUNK, 1.0),
+}
+
+
+def one_after_the_other(s: Tensor, v: Tensor, bounds: tuple[int, ...], past: Summary | None = None) -> list[Tensor]:
+    """Outputs [1, T, H, V], and mean [N, H, V] and lse [N, H] of every sequence."""
+    outs, ends = [], []
+    for n, (first, last) in enumerate(pairwise(bounds)):
+        initial = None if past is None else Summary(*(x[n : n + 1] for x in past))
+        o, end = aaren(s[:, first:last], v[:, first:last], initial=initial)
+        outs.append(o)
+        ends.append(end)
+    return [torch.cat(outs, 1), *mean_and_lse(Summary(*(torch.cat(x) for x in zip(*ends, strict=True))))]
+
+
+def packed(s: Tensor, v: Tensor, bounds: tuple[int, ...], past: Summary | None = None) -> list[Tensor]:
+    """The same from the public function."""
+    o, end = aaren_scan(s, v, initial=past, cu_seqlens=torch.tensor(bounds))
+    return [o, *mean_and_lse(end)]
+
+
+def mean_and_lse(end: Summary) -> list[Tensor]:
+    """What does not depend on the unit; a sequence without weight has mean 0."""
+    some = end.u > 0
+    u = torch.where(some, end.u, 1)
+    return [end.w / u[..., None], torch.where(some, end.m + u.log(), 0)]
+
+
+@pytest.mark.parametrize("initial", [False, True])
+@pytest.mark.parametrize("case", PACKED.values(), ids=PACKED)
+def test_packed_sequences(case, initial, on_cpu, draw, monkeypatch):
+    bounds, width, piece, spread = case
+    monkeypatch.setattr(prefix_softmax, "pieces_for", lambda s: (1, piece))
+    count, length = len(bounds) - 1, bounds[-1]
+    x = {"s": spread * draw(1, length, 2), "v": draw(1, length, 2, width)}
+    if initial:
+        x |= {"u": draw(count, 2).exp(), "w": draw(count, 2, width)}
+    m = draw(count, 2)
+    d = [draw(1, length, 2, width), draw(count, 2, width), draw(count, 2)]
+    results = []
+    for form, dtype in ((packed, torch.float32), (one_after_the_other, torch.float64)):
+        y = {name: part.to(dtype).requires_grad_() for name, part in x.items()}
+        past = Summary(m.to(dtype), y["u"], y["w"]) if initial else None
+        outputs = form(y["s"], y["v"], bounds, past)
+        grads = torch.autograd.grad(outputs, list(y.values()), [part.to(dtype) for part in d])
+        results.append([*(o.detach() for o in outputs), *grads])
+    for name, got, wanted in zip(("o", "mean", "lse", *x), *results, strict=True):
+        assert got.shape == wanted.shape
+        assert error(got, wanted) < FLOAT32, name
+
+
+@pytest.mark.parametrize("case", PACKED.values(), ids=PACKED)
+def test_packed_half_precision(case, on_cpu, draw):
+    """The mean of every sequence is not rounded, however few tokens there are."""
+    bounds, width, *_ = case
+    s, v = draw(1, bounds[-1], 2), draw(1, bounds[-1], 2, width).half()
+    d_o = draw(*v.shape).half()
+    got, wanted = ([part.clone().to(dtype).requires_grad_() for part in (s, v)] for dtype in (None, torch.float64))
+    o, mean, lse = packed(*got, bounds)
+    exact = one_after_the_other(*wanted, bounds)
+    assert (o.dtype, mean.dtype) == (torch.float16, torch.float32)
+    assert error(o.detach(), exact[0].detach()) < FLOAT16
+    assert error(mean.detach(), exact[1].detach()) < FLOAT32
+    assert error(lse.detach(), exact[2].detach()) < FLOAT32
+    ds, dv = torch.autograd.grad(o, got, d_o)
+    exact_ds, exact_dv = torch.autograd.grad(exact[0], wanted, d_o.double())
+    assert error(dv, exact_dv) < FLOAT16
+    if bounds != (0, 1, 2, 3):  # one token has weight 1, whatever its score
+        assert error(ds, exact_ds) < FLOAT16
+
+
+@pytest.mark.parametrize("initial", [False, True])
+def test_packed_tokens_without_weight(initial, on_cpu, draw):
+    """A sequence without any weight, one that begins without, and one that ends without; no NaN anywhere."""
+    bounds = (0, 40, 41, 140, 180)
+    s, v = draw(1, 180, 2), draw(1, 180, 2, 12)
+    s[:, :40, 0] = s[:, 40] = s[:, 41:110, 1] = s[:, 150:] = -torch.inf
+    past = None
+    if initial:
+        past = Summary(draw(4, 2), draw(4, 2).exp(), draw(4, 2, 12))
+        for x, nothing in zip(past, (-torch.inf, 0, 0), strict=True):
+            x[1:3, 0] = nothing
+    x = [part.clone().requires_grad_() for part in (s, v, *(past or ())[1:])]
+    got = packed(*x[:2], bounds, past and Summary(past.m, *x[2:]))
+    wanted = one_after_the_other(s.double(), v.double(), bounds, past and Summary(*(part.double() for part in past)))
+    for one, other in zip(got, wanted, strict=True):
+        assert error(one.detach(), other) < FLOAT32
+    grads = torch.autograd.grad(got, x, [draw(*part.shape) for part in got])
+    assert all(bool(torch.isfinite(grad).all()) for grad in grads)
+    if not initial:
+        assert torch.equal(got[0][:, :40, 0], torch.zeros(1, 40, 12))
+        assert float(grads[0][:, :40, 0].abs().max()) == float(grads[1][:, :40, 0].abs().max()) == 0
+
+
+def test_a_packed_sequence_is_as_it_is_alone(on_cpu, draw):
+    """To the last bit: its chunks are the same, and nothing of its neighbours comes in, not even 0 * NaN."""
+    s, v = draw(1, 200, 2), draw(1, 200, 2, 12)
+    v[:, 150:] = torch.nan
+    bounds = torch.tensor([0, 37, 150, 200], dtype=torch.int32)
+    x = [part.clone().requires_grad_() for part in (s, v)]
+    o, end = aaren_scan(*x, cu_seqlens=bounds)
+    grads = torch.autograd.grad(o[:, 37:150].square().sum() + end.w[1].sum(), x)
+    y = [part[:, 37:150].clone().requires_grad_() for part in (s, v)]
+    alone, last = aaren_scan(*y)
+    assert torch.equal(o[:, 37:150], alone)
+    for one, other in zip(end, last, strict=True):
+        assert torch.equal(one[1:2], other)
+    for one, other in zip(grads, torch.autograd.grad(alone.square().sum() + last.w.sum(), y), strict=True):
+        assert torch.equal(one[:, 37:150], other)
+
+
+def test_parts_of_packed_sequences():
+    """Numbered without gaps, and on the device as on the host."""
+    sequences = Sequences.of(130, torch.tensor([0, 1, 33, 66, 130]))
+    parts, owner = sequences.cut(32)
+    assert parts.bounds == parts.packed.tolist() == [0, 1, 2, 4, 6]
+    assert owner.tolist() == [0, 1, 2, 2, 3, 3]
+    assert {x.dtype for x in (sequences.packed, parts.packed, owner)} == {torch.int32}
+    whole, nothing = Sequences.of(130).cut(32)
+    assert (whole, nothing) == (Sequences([0, 5], None), None)

@@ -1,8 +1,10 @@
-"""``attnlab.kernels.aaren_scan`` off the GPU: the torch form in float64, carried summaries, gradients, bad input."""
+"""``attnlab.kernels.aaren_scan`` off the GPU: the torch form in float64, carried summaries, gradients, packed sequences, bad input."""
 
 from __future__ import annotations
 
 import math
+import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -69,7 +71,7 @@ def half_kernel(monkeypatch):
     """The way of a GPU, with the torch form for the kernel: outputs in the dtype of the values, the end of the last in float32."""
     softmax = pytest.importorskip("attnlab.kernels.prefix_softmax")
 
-    def apply(s, v, cut):
+    def apply(s, v, piece, sequences):
         o, _ = aaren(s, v.float())
         return o.to(v.dtype), s.logcumsumexp(1), o[:, -1]
 
@@ -150,3 +152,78 @@ def test_dtypes_that_do_not_fit_are_refused(draw):
             aaren_scan(scores, values)
     with pytest.raises(ValueError, match=r"initial\.u: dtype torch\.int64, but a floating dtype is wanted; cast it"):
         aaren_scan(s, v, initial=past._replace(u=past.u.long()))
+
+
+BOUNDS = (0, 1, 65, 66, 130)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("initial", [False, True])
+def test_packed_sequences_do_not_see_each_other(initial, dtype, draw):
+    count = len(BOUNDS) - 1
+    s, v, d_o = 5 * draw(1, 130, H), draw(1, 130, H, V), draw(1, 130, H, V)
+    past = Summary(draw(count, H), draw(count, H).exp(), draw(count, H, V)) if initial else None
+    d_u, d_w = draw(count, H), draw(count, H, V)
+    leaves = [x.requires_grad_() for x in (s, v, *(past or ())[1:])]
+
+    def gradients(o, end):
+        return torch.autograd.grad([o, end.u, end.w], leaves, [d_o, d_u, d_w])
+
+    o, end = aaren_scan(s, v, initial=past, cu_seqlens=torch.tensor(BOUNDS, dtype=dtype))
+    outs, ends = [], []
+    for n, (first, last) in enumerate(pairwise(BOUNDS)):
+        start = past and Summary(*(x[n : n + 1] for x in past))
+        out, summary = aaren_scan(s[:, first:last], v[:, first:last], initial=start)
+        outs.append(out)
+        ends.append(summary)
+    wanted, last = torch.cat(outs, 1), Summary(*(torch.cat(x) for x in zip(*ends, strict=True)))
+    torch.testing.assert_close(o, wanted, rtol=1e-10, atol=1e-10)
+    for got, right in zip((*end, *gradients(o, end)), (*last, *gradients(wanted, last)), strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-10, atol=1e-10)
+
+
+def test_packed_half_precision_keeps_its_summaries_in_single(draw):
+    s, v = draw(1, 130, H).half(), draw(1, 130, H, V).half()
+    o, end = aaren_scan(s, v, cu_seqlens=torch.tensor(BOUNDS))
+    assert (o.dtype, *{x.dtype for x in end}) == (torch.float16, torch.float32)
+
+
+BAD_BOUNDS = {
+    "bounds of a batch": (
+        2,
+        torch.tensor([0, 37]),
+        "cu_seqlens: packs sequences into one row, but there are B=2; reshape to B=1",
+    ),
+    "floating bounds": (
+        1,
+        torch.tensor([0.0, 37.0]),
+        "cu_seqlens: torch.float32 of shape (2,), but [N + 1] int32 or int64 is wanted",
+    ),
+    "one bound": (1, torch.tensor([0]), "cu_seqlens: torch.int64 of shape (1,), but [N + 1]"),
+    "bounds that start late": (1, torch.tensor([1, 37]), "cu_seqlens: [1, 37]... must rise strictly from 0 to T=37"),
+    "bounds that end early": (1, torch.tensor([0, 36]), "must rise strictly from 0 to T=37"),
+    "a sequence without tokens": (
+        1,
+        torch.tensor([0, 5, 5, 37]),
+        "cu_seqlens: [0, 5, 5, 37]... must rise strictly from 0 to T=37",
+    ),
+    "bounds elsewhere": (
+        1,
+        torch.tensor([0, 37], device="meta"),
+        "cu_seqlens: on meta, but v is on cpu; move one of them",
+    ),
+}
+
+
+@pytest.mark.parametrize(("batch", "bounds", "message"), BAD_BOUNDS.values(), ids=BAD_BOUNDS)
+def test_bad_bounds_are_refused_in_words(batch, bounds, message, draw):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        aaren_scan(draw(batch, 37, H), draw(batch, 37, H, V), cu_seqlens=bounds)
+
+
+def test_a_packed_past_has_a_summary_a_sequence(draw):
+    s, v = draw(1, 37, H), draw(1, 37, H, V)
+    _, past = aaren_scan(s, v)
+    message = "initial.m: shape (1, 3), but [N, H] = (2, 3) is wanted"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        aaren_scan(s, v, initial=past, cu_seqlens=torch.tensor([0, 5, 37]))

@@ -392,6 +392,81 @@ def test_aaren_scan_gives_the_same_bits(dtype, draw):
     repeats(lambda y: scan(aaren_scan, y), x, d)
 
 
+PACKED = [
+    (0, 1, 64, 1063, 4000),
+    (0, 1, 2, 3),
+    (0, 32, 65, 1089, 2113),  # whole chunks, and one token more
+    (0, 20_000, 20_001, 33_000),  # three levels of chunks, several pieces
+    tuple(range(0, 6001, 60)),
+]
+
+
+def packed_scan(form, x: dict[str, Tensor], bounds: tuple[int, ...]) -> list[Tensor]:
+    """Outputs and the mean of every sequence, [1, T, H, V] and [N, H, V]; ``aaren`` takes one sequence after the other."""
+    past = Summary(torch.zeros_like(x["u"]), x["u"], x["w"]) if "u" in x else None
+    if form is aaren_scan:
+        return scan(form, x, initial=past, cu_seqlens=torch.tensor(bounds, device="cuda"))
+    parts = []
+    for n, (first, last) in enumerate(pairwise(bounds)):
+        tokens = {name: x[name][:, first:last] for name in ("s", "v")}
+        start = None if past is None else Summary(*(part[n : n + 1] for part in past))
+        parts.append(scan(form, tokens, initial=start, chunk_size=256 if last - first > 4096 else 64))
+    outs, means = zip(*parts, strict=True)
+    return [torch.cat(outs, 1), torch.cat(means)]
+
+
+def packed_scan_inputs(
+    draw, dtype: torch.dtype, bounds: tuple[int, ...], width: int, *, initial: bool
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """As :func:`scan_inputs`, with a weight and a sum of earlier tokens for every sequence, and gradients of every mean."""
+    count = len(bounds) - 1
+    x, (d_out, _) = scan_inputs(draw, dtype, bounds[-1], width)
+    if initial:
+        x |= {"u": draw(count, 4).exp().requires_grad_(), "w": draw(count, 4, width).requires_grad_()}
+    return x, [d_out, draw(count, 4, width)]
+
+
+@pytest.mark.parametrize("initial", [False, True])
+@pytest.mark.parametrize("bounds", PACKED, ids=lambda bounds: f"T{bounds[-1]}-N{len(bounds) - 1}")
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16])
+def test_aaren_scan_of_packed_sequences(dtype, bounds, initial, draw):
+    x, d = packed_scan_inputs(draw, dtype, bounds, 40, initial=initial)
+    got = everything(lambda y: packed_scan(aaren_scan, y, bounds), x, d)
+    wanted = everything(lambda y: packed_scan(aaren, y, bounds), doubled(x), d)
+    found = errors(got, wanted)
+    assert found["output 1"] < LIMITS[FLOAT32]
+    if bounds == (0, 1, 2, 3) and not initial:  # alone, a token has weight 1 whatever its score: only rounding
+        del found["gradient of s"]
+    below(found, LIMITS[dtype])
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16])
+def test_aaren_scan_of_packed_sequences_gives_the_same_bits(dtype, draw):
+    bounds = (0, 20_000, 20_001, 33_000)
+    x, d = packed_scan_inputs(draw, dtype, bounds, 40, initial=True)
+    repeats(lambda y: packed_scan(aaren_scan, y, bounds), x, d)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16])
+def test_a_packed_sequence_is_as_it_is_alone(dtype, draw):
+    """Neighbours of NaN change nothing, forward and backward."""
+    x, (d_out, _) = scan_inputs(draw, dtype, 4000, 40)
+    s, v = (part.detach().clone() for part in (x["s"], x["v"]))
+    for tokens in (slice(0, 64), slice(1063, 4000)):
+        s[:, tokens], v[:, tokens] = torch.nan, torch.nan
+    bounds = torch.tensor((0, 1, 64, 1063, 4000), device="cuda")
+    here = slice(64, 1063)
+    results = []
+    for y, options in (((s, v), {"cu_seqlens": bounds}), ((s[:, here], v[:, here]), {})):
+        y = [part.clone().requires_grad_() for part in y]
+        o, _ = aaren_scan(*y, **options)
+        part = o[:, here] if options else o
+        grads = torch.autograd.grad(part, y, d_out[:, here])
+        results.append([part.detach(), *(grad[:, here] if options else grad for grad in grads)])
+    for got, alone in zip(*results, strict=True):
+        assert float((got.double() - alone.double()).norm() / alone.double().norm()) < LIMITS[dtype]
+
+
 def flow_inputs(draw, dtype: torch.dtype, length: int, width: int) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Leaves by name, and the gradient of the outputs."""
     x = {name: draw(1, length, 3, width).to(dtype).requires_grad_() for name in "qkv"}

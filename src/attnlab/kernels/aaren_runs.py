@@ -144,7 +144,7 @@ TINY: tuple[Task, ...] = (
 )
 RATES = (4e-3, 1e-2, 2.5e-2)
 CLAIMS = {"forecasting": "comparable-forecasting", "recall": "recall"}
-SOURCES = tuple(f"kernels/{name}.py" for name in ("aaren", "aaren_tasks", "aaren_runs", "prefix_softmax"))
+SOURCES = tuple(f"kernels/{name}.py" for name in ("aaren", "aaren_tasks", "aaren_runs", "packed", "prefix_softmax"))
 
 Job = tuple[Task, str, int, float]
 

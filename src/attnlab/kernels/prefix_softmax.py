@@ -11,6 +11,7 @@ as in flash attention, and one matrix product applies them. Backward, from the r
 
 and because lse never falls, taking it from the first token on the right makes every exponent at most 0.
 There sequences are cut into pieces: a first pass sums up each, and a program walks its piece from the merged pieces after it.
+Where several sequences are packed into one row, no chunk and no piece crosses a bound; a program asks `owner` whose it is.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from attnlab.kernels.dispatch import cdiv, dot_precision, multiprocessors, padded, rows
 from attnlab.kernels.launch import remembered
+from attnlab.kernels.packed import Sequences
 
 
 @triton.jit
@@ -47,37 +49,61 @@ def _since(first, lse):
 
 
 @triton.jit
-def _program(T, H, PIECES, piece):
-    """Which (batch, head) this program serves, and its tokens [first, last)."""
-    i_u, i_p = tl.program_id(0) // PIECES, tl.program_id(0) % PIECES
-    first = i_p * piece
-    return (i_u // H).to(tl.int64), i_u % H, i_u.to(tl.int64), i_p, first, tl.minimum(first + piece, T)
+def _place(part, cu_ptr, parts_ptr, owner_ptr):
+    """Of a part of packed sequences: how many of its sequence come before and after it, and the tokens of that, [begin, end)."""
+    i_n = tl.load(owner_ptr + part)
+    before = part - tl.load(parts_ptr + i_n)
+    after = tl.load(parts_ptr + i_n + 1) - 1 - part
+    return before, after, tl.load(cu_ptr + i_n), tl.load(cu_ptr + i_n + 1)
 
 
 @triton.jit
-def _chunk(T, H, C: tl.constexpr):
-    """Batch row, head, chunk and tokens [C] of this program; neighbours share rows of v."""
-    chunks = tl.cdiv(T, C)
-    i_h, i_c = tl.program_id(0) % H, tl.program_id(0) // H % chunks
-    return (tl.program_id(0) // H // chunks).to(tl.int64), i_h, i_c, chunks, i_c * C + tl.arange(0, C)
+def _piece(cu_ptr, pieces_ptr, owner_ptr, T, H, PIECES, piece, VARLEN: tl.constexpr):
+    """Batch row and head of this program, its piece among all, how many of the sequence come later, and its tokens [first, last)."""
+    i_u, i_p = tl.program_id(0) // PIECES, tl.program_id(0) % PIECES
+    at = i_u.to(tl.int64) * PIECES + i_p
+    if VARLEN:
+        before, after, begin, end = _place(i_p, cu_ptr, pieces_ptr, owner_ptr)
+        first = begin + before * piece
+    else:
+        after, end = PIECES - 1 - i_p, T
+        first = i_p * piece
+    return (i_u // H).to(tl.int64), i_u % H, at, after, first, tl.minimum(first + piece, end)
+
+
+@triton.jit
+def _chunk(cu_ptr, chunks_ptr, owner_ptr, T, H, CHUNKS, C: tl.constexpr, VARLEN: tl.constexpr):
+    """Batch row and head, the chunk of this program among all and in its sequence, its tokens [C] and which of them there are.
+
+    Neighbours share rows of v.
+    """
+    i_h, chunk = tl.program_id(0) % H, tl.program_id(0) // H
+    if VARLEN:
+        i_c, _, begin, end = _place(chunk, cu_ptr, chunks_ptr, owner_ptr)
+        t = begin + i_c * C + tl.arange(0, C)
+    else:
+        i_c, end = chunk % CHUNKS, T
+        t = i_c * C + tl.arange(0, C)
+    return (chunk // CHUNKS).to(tl.int64), i_h, chunk.to(tl.int64), i_c, t, t < end
 
 
 @remembered
 @triton.jit
 def _summaries(
-    s_ptr, v_ptr, lse_ptr, mean_ptr, T, H, v_b, v_t, v_h, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr
-):
+    s_ptr, v_ptr, lse_ptr, mean_ptr, cu_ptr, chunks_ptr, owner_ptr, T, H, CHUNKS, v_b, v_t, v_h,
+    V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
     """(lse, mean) of every chunk: [B, chunks, H] and [B, chunks, H, V], as if each were a token."""
-    i_b, i_h, i_c, chunks, t = _chunk(T, H, C)
+    i_b, i_h, chunk, _, t, inside = _chunk(cu_ptr, chunks_ptr, owner_ptr, T, H, CHUNKS, C, VARLEN)
     vs = tl.arange(0, BV)
-    s = tl.load(s_ptr + (i_b * T + t) * H + i_h, mask=t < T, other=float("-inf"))
-    wide = (t < T)[:, None] & (vs < V)[None, :]
+    s = tl.load(s_ptr + (i_b * T + t) * H + i_h, mask=inside, other=float("-inf"))
+    wide = inside[:, None] & (vs < V)[None, :]
     v = tl.load(v_ptr + i_b * v_b + i_h * v_h + t[:, None].to(tl.int64) * v_t + vs[None, :], mask=wide, other=0.0)
     top = tl.max(s, 0)
     p = _safe_exp(s, top)
     u = tl.sum(p, 0)
     some = tl.where(u > 0, u, 1.0)
-    at = (i_b * chunks + i_c) * H + i_h
+    at = chunk * H + i_h
     tl.store(lse_ptr + at, top + tl.log(some))  # -inf where there is no weight
     tl.store(mean_ptr + at * V + vs, tl.sum(p[:, None] * v.to(tl.float32), 0) / some, mask=vs < V)
 
@@ -85,17 +111,17 @@ def _summaries(
 @remembered
 @triton.jit
 def _forward(
-    s_ptr, v_ptr, carried_lse_ptr, carried_mean_ptr, o_ptr, lse_ptr, T, H, v_b, v_t, v_h,
-    V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
+    s_ptr, v_ptr, carried_lse_ptr, carried_mean_ptr, o_ptr, lse_ptr,
+    cu_ptr, chunks_ptr, owner_ptr, T, H, CHUNKS, v_b, v_t, v_h,
+    V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """o [B, T, H, V] and lse [B, T, H], from the scans of all chunks."""
-    i_b, i_h, i_c, chunks, t = _chunk(T, H, C)
+    i_b, i_h, chunk, i_c, t, inside = _chunk(cu_ptr, chunks_ptr, owner_ptr, T, H, CHUNKS, C, VARLEN)
     cs, vs = tl.arange(0, C), tl.arange(0, BV)
-    inside = t < T
     wide = inside[:, None] & (vs < V)[None, :]
     s = tl.load(s_ptr + (i_b * T + t) * H + i_h, mask=inside, other=float("-inf"))
     v = tl.load(v_ptr + i_b * v_b + i_h * v_h + t[:, None].to(tl.int64) * v_t + vs[None, :], mask=wide, other=0.0)
-    earlier = (i_b * chunks + i_c - 1) * H + i_h
+    earlier = (chunk - 1) * H + i_h
     before = tl.load(carried_lse_ptr + earlier, mask=i_c > 0, other=float("-inf"))
     mean = tl.load(carried_mean_ptr + earlier * V + vs, mask=(i_c > 0) & (vs < V), other=0.0)
     # the running maximum of each token, not that of the chunk, which would sink early tokens to 0 / 0
@@ -112,11 +138,12 @@ def _forward(
 @remembered
 @triton.jit
 def _flows_back(
-    lse_ptr, o_ptr, do_ptr, dlse_ptr, d_ptr, e_ptr, T, H, PIECES, piece, do_b, do_t, do_h,
-    V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    lse_ptr, o_ptr, do_ptr, dlse_ptr, d_ptr, e_ptr,
+    cu_ptr, pieces_ptr, owner_ptr, T, H, PIECES, piece, do_b, do_t, do_h,
+    V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """D and E of every piece, with lse taken from its first token: [U, PIECES, V] and [U, PIECES]."""
-    i_b, i_h, i_u, i_p, first, last = _program(T, H, PIECES, piece)
+    """D and E of every piece, with lse taken from its first token: [B, H, PIECES, V] and [B, H, PIECES]."""
+    i_b, i_h, at, _, first, last = _piece(cu_ptr, pieces_ptr, owner_ptr, T, H, PIECES, piece, VARLEN)
     cs, vs = tl.arange(0, C), tl.arange(0, BV)
     lse_ptr += i_b * T * H + i_h
     dlse_ptr += i_b * T * H + i_h
@@ -134,7 +161,6 @@ def _flows_back(
         p = _since(reference, lse)
         d += tl.sum(p[:, None] * do, 0)
         e += tl.sum(p * (tl.sum(o * do, 1) - tl.load(dlse_ptr + t * H, mask=inside, other=0.0)), 0)
-    at = i_u * PIECES + i_p
     tl.store(d_ptr + at * V + vs, d, mask=vs < V)
     tl.store(e_ptr + at, e)
 
@@ -143,11 +169,11 @@ def _flows_back(
 @triton.jit
 def _backward(
     s_ptr, v_ptr, lse_ptr, o_ptr, do_ptr, dlse_ptr, d_ptr, e_ptr, ds_ptr, dv_ptr,
-    T, H, PIECES, piece, v_b, v_t, v_h, do_b, do_t, do_h,
-    V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr,
+    cu_ptr, pieces_ptr, owner_ptr, T, H, PIECES, piece, v_b, v_t, v_h, do_b, do_t, do_h,
+    V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """ds [B, T, H] and dv [B, T, H, V]."""
-    i_b, i_h, i_u, i_p, first, last = _program(T, H, PIECES, piece)
+    i_b, i_h, at, after, first, last = _piece(cu_ptr, pieces_ptr, owner_ptr, T, H, PIECES, piece, VARLEN)
     cs, vs = tl.arange(0, C), tl.arange(0, BV)
     start = i_b * T * H + i_h
     s_ptr += start
@@ -160,14 +186,12 @@ def _backward(
     do_ptr += i_b * do_b + i_h * do_h
     d, e = tl.zeros([BV], dtype=tl.float32), 0.0
     reference = float("inf")  # lse of the first token on the right; inf: there is none
-    for i in range(PIECES - 1 - i_p):  # from the last piece to the one after this
-        j = PIECES - 1 - i
-        begin = (j * piece).to(tl.int64)
-        here = tl.load(lse_ptr + begin * H, mask=begin < T, other=float("inf"))
+    for i in range(after):  # from the last piece of the sequence to the one after this
+        j = after - i
+        here = tl.load(lse_ptr + (first + j * piece).to(tl.int64) * H)
         keep = _safe_exp(here, reference)
-        at = i_u * PIECES + j
-        d = d * keep + tl.load(d_ptr + at * V + vs, mask=vs < V, other=0.0)
-        e = e * keep + tl.load(e_ptr + at)
+        d = d * keep + tl.load(d_ptr + (at + j) * V + vs, mask=vs < V, other=0.0)
+        e = e * keep + tl.load(e_ptr + at + j)
         reference = here
     chunks = tl.cdiv(tl.maximum(last - first, 0), C)
     for i in range(chunks):
@@ -211,15 +235,16 @@ CHUNK = 64  # backward, whose programs walk from chunk to chunk
 class PrefixSoftmax(torch.autograd.Function):
     """(o, lse, end) from scores [B, T, H] in float32 and values [B, T, H, V]; all of them are differentiable.
 
-    The end [B, H, V] is o of the last token in float32, before it is rounded to the dtype of the values.
+    The end [N, H, V] is o of the last token of every sequence in float32, before it is rounded to the dtype of the values; N is B
+    where none are packed. Backward, pieces have `piece` tokens, a multiple of CHUNK.
     """
 
     @staticmethod
-    def forward(ctx: Any, s, v, cut):
-        o, lse, end = _prefixes(s, v)
+    def forward(ctx: Any, s, v, piece, sequences):
+        o, lse, end = _prefixes(s, v, sequences)
         ctx.save_for_backward(s, v, o, lse)
         ctx.set_materialize_grads(False)  # of an end that nobody reads
-        ctx.cut = cut
+        ctx.piece, ctx.sequences = piece, sequences
         return o, lse, end
 
     @staticmethod
@@ -228,51 +253,53 @@ class PrefixSoftmax(torch.autograd.Function):
         s, v, o, lse = ctx.saved_tensors
         batch, length, heads = s.shape
         width = v.shape[-1]
-        pieces, piece = ctx.cut
-        d_o = rows(_arrived(o, d_o, d_end))
+        parts, owner = ctx.sequences.cut(ctx.piece)
+        pieces = parts.bounds[-1]
+        d_o = rows(_arrived(o, d_o, d_end, ctx.sequences))
         d_lse = torch.zeros_like(lse) if d_lse is None else d_lse.contiguous()
         ds, dv = torch.empty_like(s), v.new_empty(v.shape)
         d = s.new_empty(batch, heads, pieces, width)
         e = s.new_empty(batch, heads, pieces)
-        sizes = (length, heads, pieces, piece)
-        shape = {"V": width, "BV": padded(width), "C": CHUNK}
+        sizes = (ctx.sequences.packed, parts.packed, owner, length, heads, pieces, ctx.piece)
+        shape = {"V": width, "BV": padded(width), "C": CHUNK, "VARLEN": owner is not None}
         grid = (batch * heads * pieces,)
-        if pieces > 1:
+        if pieces > len(parts.bounds) - 1:  # some sequence has several
             _flows_back[grid](lse, o, d_o, d_lse, d, e, *sizes, *d_o.stride()[:3], **shape, num_warps=4, num_stages=3)
         _backward[grid](
             s, v, lse, o, d_o, d_lse, d, e, ds, dv, *sizes, *v.stride()[:3], *d_o.stride()[:3],
             **shape, DOT=dot_precision(v), num_warps=4, num_stages=2,
         )  # fmt: skip
-        return ds, dv, None
+        return ds, dv, None, None
 
 
-def _arrived(o: Tensor, d_o: Tensor | None, d_end: Tensor | None) -> Tensor:
-    """The gradient of o, with that of its last token in float32 in it."""
+def _arrived(o: Tensor, d_o: Tensor | None, d_end: Tensor | None, sequences: Sequences) -> Tensor:
+    """The gradient of o, with that of the last tokens in float32 in it."""
     d_o = torch.zeros_like(o) if d_o is None else d_o
     if d_end is None:
         return d_o
     d_o = d_o.clone()
-    d_o[:, -1] += d_end
+    d_o[sequences.ends] += d_end
     return d_o
 
 
-def _prefixes(s: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """o and lse of every prefix, and the last o in float32, [B, H, V].
+def _prefixes(s: Tensor, v: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
+    """o and lse of every prefix, and the last o of every sequence in float32, [N, H, V].
 
     What a chunk starts from is the same question about chunks, so it is answered in the same way, and in float32.
     """
     batch, length, heads = s.shape
     width = v.shape[-1]
-    chunks = cdiv(length, SHORT)
+    parts, owner = sequences.cut(SHORT)
+    chunks = parts.bounds[-1]
     o, lse = v.new_empty(v.shape), torch.empty_like(s)
-    sizes = (length, heads, *v.stride()[:3])
-    shape = {"V": width, "BV": padded(width), "C": SHORT, "num_warps": cdiv(width, 64)}
+    sizes = (sequences.packed, parts.packed, owner, length, heads, chunks, *v.stride()[:3])
+    shape = {"V": width, "BV": padded(width), "C": SHORT, "VARLEN": owner is not None, "num_warps": cdiv(width, 64)}
     grid = (batch * chunks * heads,)
-    carried, end = (lse, o), None  # one chunk: nobody reads what is carried
-    if chunks > 1 or v.dtype != torch.float32:
+    carried, end = (lse, o), None  # one chunk each: nobody reads what is carried
+    if chunks > len(parts.bounds) - 1 or v.dtype != torch.float32:
         s_of, v_of = s.new_empty(batch, chunks, heads), s.new_empty(batch, chunks, heads, width)
         _summaries[grid](s, v, s_of, v_of, *sizes, **shape)
-        means, lses, end = _prefixes(s_of, v_of)
+        means, lses, end = _prefixes(s_of, v_of, parts)
         carried = (lses, means)
     _forward[grid](s, v, *carried, o, lse, *sizes, **shape, DOT=dot_precision(v))
-    return o, lse, o[:, -1].clone() if end is None else end
+    return o, lse, o[sequences.ends].clone() if end is None else end

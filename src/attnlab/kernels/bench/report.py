@@ -31,7 +31,7 @@ SOURCES_OF = {
     for operator, names in {
         "linear_decay": (*_SWEEPS, "linear_decay"),
         "scalar_gated": (*_SWEEPS, "linear_decay"),
-        "aaren_scan": ("aaren_scan", "prefix_softmax"),
+        "aaren_scan": ("aaren_scan", "packed", "prefix_softmax"),
         "causal_flow": (*_SWEEPS, "causal_flow", "flow_gates", "flow_gradients", "flow_sweep"),
     }.items()
 }
