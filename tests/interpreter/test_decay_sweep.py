@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from attnlab.kernels import decay_launch
+from attnlab.kernels import arguments, decay_launch
 from attnlab.kernels.decay_launch import LinearDecay, Sweeps, Tiles, tiles_for
 from attnlab.kernels.dispatch import rows
+from attnlab.kernels.packed import Sequences
 from attnlab.mixers import recurrence
 
 pytestmark = pytest.mark.skipif(
@@ -48,6 +49,10 @@ class Case:
     @property
     def tiles(self) -> Tiles:
         return Tiles(chunk=16, slice=self.slice, warps=4, stages=1, pieces=self.pieces)
+
+    @property
+    def packing(self) -> Sequences:
+        return arguments.sequences(None if self.bounds is None else torch.tensor(self.bounds), self.batch, self.length)
 
     @property
     def sequences(self) -> int:
@@ -111,7 +116,7 @@ def parts(case: Case, x: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def kernel(case: Case, x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    return LinearDecay.apply(*parts(case, x), x["log_decay"], x.get("initial_state"), SCALE, case.bounds, case.tiles)
+    return LinearDecay.apply(*parts(case, x), x["log_decay"], x.get("initial_state"), SCALE, case.packing, case.tiles)
 
 
 def reference(case: Case, x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -187,7 +192,7 @@ def test_reverse_is_forward_over_the_reversed_sequence(gated, pieces, draw):
     x = {name: tensor.detach() for name, tensor in leaves(case, draw).items()}
     q, k, v = parts(case, x)
     start = x["initial_state"]
-    sweeps = Sweeps(q, x["log_decay"], SCALE, case.tiles)
+    sweeps = Sweeps(q, x["log_decay"], SCALE, case.tiles, case.packing)
     o, final = sweeps.sweep(q, k, v, reverse=True, start=sweeps.starts(k, v, start, reverse=True), final=True)
     gates = x["log_decay"].double().expand(1, 90, 2)
     late = torch.cat([torch.zeros(1, 1, 2), gates.flip(1)[:, :-1]], 1)
@@ -321,7 +326,7 @@ def test_gradients_from_the_final_state_alone(draw):
 def test_without_the_final_state_everything_else_is_the_same(name, draw):
     case = CASES[name]
     x = leaves(case, draw)
-    arguments = (*parts(case, x), x["log_decay"], x.get("initial_state"), SCALE, None, case.tiles)
+    arguments = (*parts(case, x), x["log_decay"], x.get("initial_state"), SCALE, case.packing, case.tiles)
     o, final = LinearDecay.apply(*arguments, False)
     assert final is None
     with_state, _ = LinearDecay.apply(*arguments, True)

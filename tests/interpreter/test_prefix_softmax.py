@@ -17,7 +17,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from attnlab.kernels import aaren_scan as module
-from attnlab.kernels import prefix_softmax
+from attnlab.kernels import arguments, prefix_softmax
 from attnlab.kernels.aaren_scan import aaren_scan
 from attnlab.kernels.dispatch import rows
 from attnlab.kernels.packed import Sequences
@@ -72,7 +72,7 @@ def torch_form(s: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def kernels(
     s: Tensor, v: Tensor, piece: int = 2 * CHUNK, bounds: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return PrefixSoftmax.apply(s, v, piece, Sequences.of(s.shape[1], bounds))
+    return PrefixSoftmax.apply(s, v, piece, arguments.sequences(bounds, len(s), s.shape[1]))
 
 
 def cut_into(length: int, pieces: int) -> int:
@@ -363,10 +363,10 @@ def test_a_packed_sequence_is_as_it_is_alone(on_cpu, draw):
 
 def test_parts_of_packed_sequences():
     """Numbered without gaps, and on the device as on the host."""
-    sequences = Sequences.of(130, torch.tensor([0, 1, 33, 66, 130]))
+    sequences = arguments.sequences(torch.tensor([0, 1, 33, 66, 130]), 1, 130)
     parts, owner = sequences.cut(32)
     assert parts.bounds == parts.packed.tolist() == [0, 1, 2, 4, 6]
     assert owner.tolist() == [0, 1, 2, 2, 3, 3]
     assert {x.dtype for x in (sequences.packed, parts.packed, owner)} == {torch.int32}
-    whole, nothing = Sequences.of(130).cut(32)
+    whole, nothing = arguments.sequences(None, 1, 130).cut(32)
     assert (whole, nothing) == (Sequences([0, 5], None), None)

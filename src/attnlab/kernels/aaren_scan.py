@@ -36,13 +36,12 @@ def aaren_scan(
         ValueError: shapes, dtypes or devices that do not fit, an empty sequence, a head wider than 256, bounds that do not rise from
             0 to T.
     """
-    _check(s, v, initial, cu_seqlens)
+    sequences = _check(s, v, initial, cu_seqlens)
     if not on_gpu("aaren_scan", v):
-        return _torch_form(s, v, initial, cu_seqlens)
+        return _torch_form(s, v, initial, sequences)
     from attnlab.kernels.prefix_softmax import PrefixSoftmax, pieces_for
 
     s = s.float().contiguous()
-    sequences = Sequences.of(s.shape[1], cu_seqlens)
     with torch.cuda.device_of(v):
         o, lse, end = PrefixSoftmax.apply(s, rows(v), pieces_for(s)[1], sequences)
     last = lse[sequences.ends]
@@ -52,16 +51,16 @@ def aaren_scan(
     return _after(Summary(*(x.float() for x in initial)), o, lse, summary, sequences)
 
 
-def _torch_form(s: Tensor, v: Tensor, initial: Summary | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Summary]:
+def _torch_form(s: Tensor, v: Tensor, initial: Summary | None, sequences: Sequences) -> tuple[Tensor, Summary]:
     """The chunked form of `attnlab.mixers`, one sequence after the other where several are packed."""
     work = torch.float64 if v.dtype == torch.float64 else torch.float32
     s, values = s.to(work), v.to(work)
     start = None if initial is None else Summary(*(x.to(work) for x in initial))
-    if cu_seqlens is None:
+    if sequences.packed is None:
         o, summary = aaren(s, values, form="chunked", initial=start)
         return o.to(v.dtype), summary
     outs, summaries = [], []
-    for n, (first, last) in enumerate(pairwise(cu_seqlens.tolist())):
+    for n, (first, last) in enumerate(pairwise(sequences.bounds)):
         past = None if start is None else Summary(*(x[n : n + 1] for x in start))
         o, summary = aaren(s[:, first:last], values[:, first:last], form="chunked", initial=past)
         outs.append(o)
@@ -84,8 +83,8 @@ def _after(past: Summary, o: Tensor, lse: Tensor, summary: Summary, sequences: S
     return torch.lerp(o.float(), mean, share[..., None]).to(o.dtype), merge(past, summary)
 
 
-def _check(s: Tensor, v: Tensor, initial: Summary | None, cu_seqlens: Tensor | None) -> None:
-    """Raise ValueError for anything that the kernels would read wrongly."""
+def _check(s: Tensor, v: Tensor, initial: Summary | None, cu_seqlens: Tensor | None) -> Sequences:
+    """The sequences of all rows; ValueError for anything that the kernels would read wrongly."""
     checks.rank("v", v, "[B, T, H, V]")
     batch, length, heads, width = v.shape
     checks.shape("s", s, tuple(v.shape[:3]), "[B, T, H] of v")
@@ -96,11 +95,13 @@ def _check(s: Tensor, v: Tensor, initial: Summary | None, cu_seqlens: Tensor | N
             f"s: dtype {s.dtype}, but v has {v.dtype}; cast one of them (float32 scores suit half-precision values)"
         )
     arguments.beside("v", v, s=s, cu_seqlens=cu_seqlens)
-    count = batch if cu_seqlens is None else arguments.bounds(cu_seqlens, batch, length)
+    sequences = arguments.sequences(cu_seqlens, batch, length)
     if initial is not None:
+        count = sequences.count(batch)
         checks.shape("initial.m", initial.m, (count, heads), "[N, H]")
         checks.shape("initial.u", initial.u, (count, heads), "[N, H]")
         checks.shape("initial.w", initial.w, (count, heads, width), "[N, H, V]")
         parts = {f"initial.{name}": x for name, x in initial._asdict().items()}
         arguments.floating(**parts)
         arguments.beside("v", v, **parts)
+    return sequences

@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from attnlab.kernels.packed import Sequences
 from attnlab.mixers import checks
 
 WIDEST = 256  # a state of 256 x 64 still fits into the registers of one program
@@ -63,19 +64,24 @@ def beside(first: str, reference: Tensor, **tensors: Tensor | None) -> None:
             raise ValueError(f"{name}: on {x.device}, but {first} is on {reference.device}; move one of them")
 
 
-def bounds(cu_seqlens: Tensor, batch: int, length: int) -> list[int]:
-    """The bounds of sequences packed into one row: N + 1 whole numbers, 0 = first < ... < last = length.
+def sequences(cu_seqlens: Tensor | None, batch: int, length: int) -> Sequences:
+    """The sequences of `batch` rows of `length` tokens: one a row, or those that `cu_seqlens` packs into one row.
+
+    Args:
+        cu_seqlens: [N + 1] whole numbers, 0 = first < ... < last = length.
 
     Raises:
         ValueError: another shape or dtype, several rows, bounds that do not rise from 0 to `length`.
     """
+    if cu_seqlens is None:
+        return Sequences([0, length], None)
     if batch != 1:
         raise ValueError(f"cu_seqlens: packs sequences into one row, but there are B={batch}; reshape to B=1")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_seqlens: {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}, but [N + 1] int32 or int64 is wanted"
         )
-    found = cu_seqlens.tolist()
-    if found[0] != 0 or found[-1] != length or any(a >= b for a, b in pairwise(found)):
-        raise ValueError(f"cu_seqlens: {found[:6]}... must rise strictly from 0 to T={length}")
-    return found
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != length or any(a >= b for a, b in pairwise(bounds)):
+        raise ValueError(f"cu_seqlens: {bounds[:6]}... must rise strictly from 0 to T={length}")
+    return Sequences(bounds, cu_seqlens.int().contiguous())

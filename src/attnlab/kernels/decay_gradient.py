@@ -20,25 +20,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnlab.kernels.dispatch import cdiv
 from attnlab.kernels.launch import remembered
-from attnlab.kernels.packing import Packing
+from attnlab.kernels.packed import Sequences
 
 
 @remembered
 @triton.jit
 def _suffix_sums(
-    reads_ptr, writes_ptr, products_ptr, out_ptr, bounds_ptr, owner_ptr, scale, T, H,
+    reads_ptr, writes_ptr, products_ptr, out_ptr, bounds_ptr, chunks_ptr, owner_ptr, scale, T, H,
     NV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """One program a (chunk, head)."""
     slot, i_h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     if VARLEN:
         i_n = tl.load(owner_ptr + slot)
-        begin = tl.load(bounds_ptr + i_n)
         last = tl.load(bounds_ptr + i_n + 1)
         i_b = slot * 0
-        t = begin + (slot - begin // C - i_n) * C + tl.arange(0, C)
+        t = tl.load(bounds_ptr + i_n) + (slot - tl.load(chunks_ptr + i_n)) * C + tl.arange(0, C)
     else:
         chunks = tl.cdiv(T, C)
         i_b = slot // chunks
@@ -59,46 +57,44 @@ def _suffix_sums(
 class Boundaries(NamedTuple):
     """What two sweeps leave for the gradient of the decay, a share for every slice of K.
 
-    Chunks are numbered through all sequences; packed ones may skip a number.
+    Chunks are numbered through all sequences.
 
     Attributes:
+        chunks: the first of every packed sequence, [N + 1]; None where every row is one sequence.
         states: [chunks, H, V, K], those of the dq sweep, which are the transposed states of the forward sweep.
         products: [chunks, H, slices], with the states of the dk sweep.
         reads, writes: [B, T, H, slices], of q . dq and k . dk, from before dq and dk are rounded.
     """
 
+    chunks: Tensor | None
     states: Tensor
     products: Tensor
     reads: Tensor
     writes: Tensor
 
 
-def boundaries(q: Tensor, v: Tensor, chunk: int, slices: int, packed: Packing | None, *, half: bool) -> Boundaries:
+def boundaries(q: Tensor, v: Tensor, chunk: int, slices: int, sequences: Sequences, *, half: bool) -> Boundaries:
     """Room for them; states, V * K / chunk numbers a token and head, in half precision for half inputs."""
     batch, length, heads, width = q.shape
-    chunks = length // chunk + packed.sequences if packed else batch * cdiv(length, chunk)
-    kept = torch.bfloat16 if half else torch.float32
+    parts, _ = sequences.cut(chunk)
+    chunks = batch * parts.bounds[-1]
     return Boundaries(
-        torch.empty(chunks, heads, v.shape[-1], width, dtype=kept, device=q.device),
-        torch.zeros(chunks, heads, slices, device=q.device),
+        parts.packed,
+        torch.empty(
+            chunks, heads, v.shape[-1], width, dtype=torch.bfloat16 if half else torch.float32, device=q.device
+        ),
+        torch.empty(chunks, heads, slices, device=q.device),
         *torch.empty(2, batch, length, heads, slices, device=q.device),
     )
 
 
-def decay_gradient(edges: Boundaries, scale: float, chunk: int, packed: Packing | None) -> Tensor:
+def decay_gradient(edges: Boundaries, scale: float, chunk: int, sequences: Sequences) -> Tensor:
     """Gradient of a log decay a token [B, T, H], float32; its sum over B and T is that of one a head."""
     batch, length, heads, slices = edges.reads.shape
     out = torch.empty(batch, length, heads, device=edges.reads.device)
-    chunks = len(edges.products)
-    _suffix_sums[(chunks * heads,)](
-        edges.reads, edges.writes, edges.products, out,
-        packed.bounds if packed else None, _owners(packed, chunk, chunks) if packed else None, scale, length, heads,
-        NV=slices, C=chunk, VARLEN=packed is not None, num_warps=1,
+    parts, owner = sequences.cut(chunk)
+    _suffix_sums[(len(edges.products) * heads,)](
+        edges.reads, edges.writes, edges.products, out, sequences.packed, parts.packed, owner, scale, length, heads,
+        NV=slices, C=chunk, VARLEN=owner is not None, num_warps=1,
     )  # fmt: skip
     return out
-
-
-def _owners(packed: Packing, chunk: int, chunks: int) -> Tensor:
-    """The packed sequence of every chunk: sequence n starts with chunk `begin // C + n`, which leaves room for ragged tails."""
-    starts = packed.bounds[:-1] // chunk + torch.arange(packed.sequences, device=packed.table.device)
-    return torch.searchsorted(starts, torch.arange(chunks, device=starts.device), right=True) - 1

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from attnlab.kernels.decay_gradient import Boundaries, boundaries, decay_gradient
 from attnlab.kernels.decay_sweep import _piece_starts, _piece_updates, _single, _twins
 from attnlab.kernels.dispatch import cdiv, dot_precision, multiprocessors, padded, rows
-from attnlab.kernels.packing import Packing, packing
+from attnlab.kernels.packed import Sequences
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,23 @@ class Sweeps:
         length, batch, heads: of q.
     """
 
-    def __init__(self, q: Tensor, log_decay: Tensor, scale: float, tiles: Tiles, packed: Packing | None = None) -> None:
+    def __init__(self, q: Tensor, log_decay: Tensor, scale: float, tiles: Tiles, sequences: Sequences) -> None:
         self.batch, self.length, self.heads = q.shape[:3]
-        self.device, self.log_decay, self.scale, self.tiles, self.packed = q.device, log_decay, scale, tiles, packed
-        self.sequences = packed.sequences if packed else self.batch
-        self.pieces = packed.pieces if packed else self.batch * tiles.pieces
-        self.split = self.pieces > self.sequences
-        self.table = packed.table if packed else None
-        self.sizes = (self.length, self.heads, self.sequences, tiles.pieces, tiles.piece(self.length))
+        self.device, self.log_decay, self.scale, self.tiles, self.sequences = (
+            q.device,
+            log_decay,
+            scale,
+            tiles,
+            sequences,
+        )
+        piece = tiles.piece(self.length)
+        parts, owner = sequences.cut(piece)
+        self.count = sequences.count(self.batch)
+        self.pieces = self.batch * parts.bounds[-1]  # of all sequences
+        self.places = (sequences.packed, parts.packed, owner)
+        self.sizes = (self.length, self.heads, parts.bounds[-1], piece)
         self.constants = {
-            "C": tiles.chunk, "GATED": log_decay.dim() == 3, "VARLEN": packed is not None, "DOT": dot_precision(q),
+            "C": tiles.chunk, "GATED": log_decay.dim() == 3, "VARLEN": owner is not None, "DOT": dot_precision(q),
         }  # fmt: skip
         self.launch = {"num_warps": tiles.warps, "num_stages": tiles.stages}
         self.half = q.dtype != torch.float32 and q.is_cuda  # the interpreter's bfloat16 is wrong
@@ -83,20 +90,20 @@ class Sweeps:
         Args:
             start: of every sequence, [N, H, K, V].
         """
-        if not self.split:
+        if self.pieces == self.count:
             return start
         width, channels = k.shape[-1], v.shape[-1]
         updates, starts = torch.empty(2, self.pieces, self.heads, width, channels, device=self.device)
         sums = torch.empty(self.pieces, self.heads, device=self.device)
         _piece_updates[self._grid(channels)](
-            k, v, self.log_decay, updates, sums, self.table, *self.sizes, *k.stride()[:3], *v.stride()[:3],
+            k, v, self.log_decay, updates, sums, *self.places, *self.sizes, *k.stride()[:3], *v.stride()[:3],
             K=width, V=channels, BK=padded(width), BV=self.tiles.slice, REVERSE=reverse, FAR=_far(k, v), **self.constants,
             num_warps=self.tiles.warps, num_stages=self.tiles.stages + 2,  # two blocks a chunk, not three: room for more
         )  # fmt: skip
         size, block = width * channels, 256
-        _piece_starts[(self.sequences * self.heads * cdiv(size, block),)](
-            updates, start, sums, self.log_decay, self.table, starts, *self.sizes,
-            SIZE=size, BLOCK=block, GROUP=min(padded(self.tiles.pieces), 32), REVERSE=reverse, GATED=self.constants["GATED"],
+        _piece_starts[(self.count * self.heads * cdiv(size, block),)](
+            updates, start, sums, self.log_decay, *self.places, starts, *self.sizes,
+            SIZE=size, BLOCK=block, GROUP=min(padded(self.pieces // self.count), 32), REVERSE=reverse, GATED=self.constants["GATED"],
             VARLEN=self.constants["VARLEN"], START=start is not None, num_warps=4,
         )  # fmt: skip
         return starts
@@ -122,13 +129,13 @@ class Sweeps:
         """
         width, channels = q.shape[-1], v.shape[-1]
         out = torch.empty(v.shape, dtype=v.dtype, device=self.device)
-        last = torch.empty(self.sequences, self.heads, width, channels, device=self.device) if final else None
+        last = torch.empty(self.count, self.heads, width, channels, device=self.device) if final else None
         states = [x for x in (start, last) if x is not None]
         layout = states[0].stride()[-2:] if states else (0, 0)
         edge = keep or meet
-        behind = (edge.states, edge.products, edge.reads if keep else edge.writes) if edge else (None, None, None)
+        behind = (*edge[:3], edge.reads if keep else edge.writes) if edge else (None, None, None, None)
         _single[self._grid(channels)](
-            q, k, v, self.log_decay, out, start, last, self.table, mine, *behind, self.scale,
+            q, k, v, self.log_decay, out, start, last, *self.places, mine, *behind, self.scale,
             *self.sizes, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *(q if mine is None else mine).stride()[:3], *layout,
             K=width, V=channels, BK=padded(width), BV=self.tiles.slice, REVERSE=reverse, FAR=_far(q, k, v),
             START=start is not None, FINAL=final, KEEP=keep is not None, MEET=meet is not None,
@@ -154,10 +161,10 @@ class Sweeps:
             return self.sweep(v, d_out, q, reverse=True, start=_mT(start), meet=meet, mine=k)[0], dv, first
         width = k.shape[-1]
         dk, dv = torch.empty(k.shape, dtype=k.dtype, device=self.device), torch.empty_like(d_out)
-        first = torch.empty(self.sequences, self.heads, width, width, device=self.device) if final else None
-        behind = (meet.states, meet.products, meet.writes) if meet else (None, None, None)
+        first = torch.empty(self.count, self.heads, width, width, device=self.device) if final else None
+        behind = (*meet[:3], meet.writes) if meet else (None, None, None, None)
         _twins[(2 * self._grid(width)[0],)](
-            q, k, v, d_out, self.log_decay, dk, dv, start, first, self.table, *behind, self.scale,
+            q, k, v, d_out, self.log_decay, dk, dv, start, first, *self.places, *behind, self.scale,
             *self.sizes, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3],
             K=width, BK=padded(width), BV=self.tiles.slice, FAR=_far(q, k, v, d_out),
             START=start is not None, FINAL=final, MEET=meet is not None,
@@ -167,20 +174,19 @@ class Sweeps:
 
     def boundaries(self, q: Tensor, v: Tensor) -> Boundaries:
         """Room for what `keep` and `meet` write."""
-        return boundaries(q, v, self.tiles.chunk, cdiv(q.shape[-1], self.tiles.slice), self.packed, half=self.half)
+        return boundaries(q, v, self.tiles.chunk, cdiv(q.shape[-1], self.tiles.slice), self.sequences, half=self.half)
 
     def _grid(self, channels: int) -> tuple[int]:
         return (self.pieces * self.heads * cdiv(channels, self.tiles.slice),)
 
 
 class LinearDecay(torch.autograd.Function):
-    """Four sweeps: one forward, three backward. Sequences between `bounds` are packed into one row."""
+    """Four sweeps: one forward, three backward."""
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, log_decay, start, scale, bounds, tiles, with_state=True):
+    def forward(ctx: Any, q, k, v, log_decay, start, scale, sequences, tiles, with_state=True):
         ctx.set_materialize_grads(False)
-        packed = None if bounds is None else packing(bounds, tiles.piece(q.shape[1]), q.device)
-        sweeps = Sweeps(q, log_decay, scale, tiles, packed)
+        sweeps = Sweeps(q, log_decay, scale, tiles, sequences)
         starts = sweeps.starts(k, v, start)
         out, final = sweeps.sweep(q, k, v, start=starts, final=with_state)
         ctx.save_for_backward(q, k, v, log_decay, starts)
@@ -201,7 +207,7 @@ class LinearDecay(torch.autograd.Function):
         dk, dv, d_start = sweeps.keys_and_values(q, k, v, d_out, start=ends, final=ctx.needs_input_grad[4], meet=edges)
         dg = None
         if edges is not None:
-            dg = decay_gradient(edges, sweeps.scale, sweeps.tiles.chunk, sweeps.packed)
+            dg = decay_gradient(edges, sweeps.scale, sweeps.tiles.chunk, sweeps.sequences)
             dg = dg if g.dim() == 3 else dg.sum((0, 1))
         return dq, dk, dv, dg, None if d_start is None else d_start * sweeps.scale, None, None, None, None
 

@@ -28,20 +28,17 @@ FORGOTTEN: tl.constexpr = tl.constexpr(20.0)  # exp(-20) = 2e-9: what has decaye
 
 
 @triton.jit
-def _place(i_p, table_ptr, T, N, PIECES, VARLEN: tl.constexpr):
-    """Of piece i_p: its sequence, the first piece and the number of pieces of that, the sequence's first token and its length.
-
-    The table of packed sequences is :class:`attnlab.kernels.decay_launch.Packing`'s.
-    """
+def _place(i_p, bounds_ptr, pieces_ptr, owner_ptr, T, PIECES, VARLEN: tl.constexpr):
+    """Of piece i_p: its sequence, the first piece and the number of pieces of that, the sequence's first token and its length."""
     if VARLEN:
-        i_n = tl.load(table_ptr + 2 * N + 2 + i_p).to(tl.int32)
-        piece0 = tl.load(table_ptr + N + 1 + i_n).to(tl.int32)
-        pieces = tl.load(table_ptr + N + 2 + i_n).to(tl.int32) - piece0
-        begin = tl.load(table_ptr + i_n)
-        return i_n.to(tl.int64), piece0, pieces, begin, (tl.load(table_ptr + i_n + 1) - begin).to(tl.int32)
+        i_n = tl.load(owner_ptr + i_p)
+        piece0 = tl.load(pieces_ptr + i_n)
+        begin = tl.load(bounds_ptr + i_n)
+        pieces, length = tl.load(pieces_ptr + i_n + 1) - piece0, tl.load(bounds_ptr + i_n + 1) - begin
+        return i_n.to(tl.int64), piece0, pieces, begin.to(tl.int64), length
     else:
-        i_n = i_p // PIECES
-        return i_n.to(tl.int64), i_n * PIECES, PIECES, i_n.to(tl.int64) * 0, T
+        i_n = (i_p // PIECES).to(tl.int64)
+        return i_n, i_p // PIECES * PIECES, PIECES, i_n * 0, T
 
 
 @triton.jit
@@ -82,8 +79,8 @@ def _remembered(g, length, steps):
 @remembered
 @triton.jit
 def _piece_updates(
-    k_ptr, v_ptr, g_ptr, updates_ptr, sums_ptr, table_ptr,
-    T, H, N, PIECES, piece, k_b, k_t, k_h, v_b, v_t, v_h,
+    k_ptr, v_ptr, g_ptr, updates_ptr, sums_ptr, bounds_ptr, pieces_ptr, owner_ptr,
+    T, H, PIECES, piece, k_b, k_t, k_h, v_b, v_t, v_h,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     REVERSE: tl.constexpr, GATED: tl.constexpr, FAR: tl.constexpr, VARLEN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -99,7 +96,7 @@ def _piece_updates(
     i_h = tl.where(
         rank % 2 == 0, rank // 2, H - 1 - rank // 2
     )  # the head that remembers longest is the first or the last: early
-    i_n, piece0, pieces, begin, length = _place(i_p, table_ptr, T, N, PIECES, VARLEN)
+    i_n, piece0, pieces, begin, length = _place(i_p, bounds_ptr, pieces_ptr, owner_ptr, T, PIECES, VARLEN)
     if i_p == (piece0 if REVERSE else piece0 + pieces - 1):
         return
     first = (i_p - piece0) * piece
@@ -142,7 +139,7 @@ def _join(decay, update, decay_later, update_later):
 @remembered
 @triton.jit
 def _piece_starts(
-    updates_ptr, start_ptr, sums_ptr, g_ptr, table_ptr, starts_ptr, T, H, N, PIECES, piece,
+    updates_ptr, start_ptr, sums_ptr, g_ptr, bounds_ptr, pieces_ptr, owner_ptr, starts_ptr, T, H, PIECES, piece,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
     REVERSE: tl.constexpr, GATED: tl.constexpr, VARLEN: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
@@ -150,8 +147,8 @@ def _piece_starts(
     BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     i_h = tl.program_id(0) // BLOCKS % H
     owner = tl.program_id(0) // BLOCKS // H
-    some_piece = tl.load(table_ptr + N + 1 + owner).to(tl.int32) if VARLEN else owner * PIECES
-    i_n, piece0, pieces, _, length = _place(some_piece, table_ptr, T, N, PIECES, VARLEN)
+    some_piece = tl.load(pieces_ptr + owner) if VARLEN else owner * PIECES
+    i_n, piece0, pieces, _, length = _place(some_piece, bounds_ptr, pieces_ptr, owner_ptr, T, PIECES, VARLEN)
     at = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     inside = at < SIZE
     g = 0.0 if GATED else tl.load(g_ptr + i_h)
@@ -180,8 +177,8 @@ def _piece_starts(
 
 @triton.jit
 def _sweep(
-    program, q_ptr, k_ptr, v_ptr, g_ptr, out_ptr, start_ptr, final_ptr, table_ptr,
-    mine_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, N, PIECES, piece,
+    program, q_ptr, k_ptr, v_ptr, g_ptr, out_ptr, start_ptr, final_ptr, bounds_ptr, pieces_ptr, owner_ptr,
+    mine_ptr, chunks_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, PIECES, piece,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, mine_b, mine_t, mine_h, state_k, state_v, ends, meets,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     REVERSE: tl.constexpr, GATED: tl.constexpr, FAR: tl.constexpr, VARLEN: tl.constexpr, START: tl.constexpr, FINAL: tl.constexpr,
@@ -192,7 +189,7 @@ def _sweep(
     i_v = program % NV
     i_h = program // NV % H
     i_p = program // NV // H
-    i_n, piece0, pieces, begin, length = _place(i_p, table_ptr, T, N, PIECES, VARLEN)
+    i_n, piece0, pieces, begin, length = _place(i_p, bounds_ptr, pieces_ptr, owner_ptr, T, PIECES, VARLEN)
     first = (i_p - piece0) * piece
     last = tl.minimum(first + piece, length)
     row = begin * 0 if VARLEN else i_n
@@ -212,6 +209,9 @@ def _sweep(
     g_ptr += token * H + i_h if GATED else i_h
     g = 0.0 if GATED else tl.load(g_ptr)
     if KEEP or MEET:
+        chunk0 = (
+            tl.load(chunks_ptr + i_n).to(tl.int64) if VARLEN else i_n * tl.cdiv(T, C)
+        )  # numbers go through all sequences
         mine_ptr += row * mine_b + begin * mine_t + i_h * mine_h
 
     state = tl.zeros([BK, BV], dtype=tl.float32)
@@ -230,8 +230,9 @@ def _sweep(
         inside = t < last
         b, total = _running_decay(ahead if GATED else g, tl.minimum(last - c0, C), GATED, C)
         ahead = _gates(g_ptr, t - C if REVERSE else t + C, first, last, H, GATED)
-        boundary = (chunk0 + c0 // C) * H + i_h  # behind this chunk, where KEEP and MEET serve a decay that learns
-        at_boundary = kept_ptr + boundary * K * V + ks[:, None] * V + vs[None, :] if KEEP or MEET else 0
+        if KEEP or MEET:  # behind this chunk, for a decay that learns
+            boundary = (chunk0 + c0 // C) * H + i_h
+            at_boundary = kept_ptr + boundary * K * V + ks[:, None] * V + vs[None, :]
         if MEET:
             kept = tl.load(at_boundary, mask=in_state & meets, other=0.0)
             tl.store(products_ptr + boundary * NV + i_v, tl.sum(kept.to(tl.float32) * state), mask=meets)
@@ -271,8 +272,8 @@ def _sweep(
 @remembered
 @triton.jit
 def _single(
-    q_ptr, k_ptr, v_ptr, g_ptr, out_ptr, start_ptr, final_ptr, table_ptr,
-    mine_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, N, PIECES, piece,
+    q_ptr, k_ptr, v_ptr, g_ptr, out_ptr, start_ptr, final_ptr, bounds_ptr, pieces_ptr, owner_ptr,
+    mine_ptr, chunks_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, PIECES, piece,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, mine_b, mine_t, mine_h, state_k, state_v,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     REVERSE: tl.constexpr, GATED: tl.constexpr, FAR: tl.constexpr, VARLEN: tl.constexpr, START: tl.constexpr, FINAL: tl.constexpr,
@@ -280,8 +281,8 @@ def _single(
 ):  # fmt: skip
     """One sweep."""
     _sweep(
-        tl.program_id(0), q_ptr, k_ptr, v_ptr, g_ptr, out_ptr, start_ptr, final_ptr, table_ptr,
-        mine_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, N, PIECES, piece,
+        tl.program_id(0), q_ptr, k_ptr, v_ptr, g_ptr, out_ptr, start_ptr, final_ptr, bounds_ptr, pieces_ptr, owner_ptr,
+        mine_ptr, chunks_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, PIECES, piece,
         q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, mine_b, mine_t, mine_h, state_k, state_v, True, True,
         K, V, BK, BV, C, REVERSE, GATED, FAR, VARLEN, START, FINAL, KEEP, MEET, DOT, HALF,
     )  # fmt: skip
@@ -290,8 +291,8 @@ def _single(
 @remembered
 @triton.jit
 def _twins(
-    q_ptr, k_ptr, v_ptr, do_ptr, g_ptr, dk_ptr, dv_ptr, start_ptr, final_ptr, table_ptr,
-    kept_ptr, products_ptr, rows_ptr, scale, T, H, N, PIECES, piece,
+    q_ptr, k_ptr, v_ptr, do_ptr, g_ptr, dk_ptr, dv_ptr, start_ptr, final_ptr, bounds_ptr, pieces_ptr, owner_ptr,
+    chunks_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, PIECES, piece,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
     K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     GATED: tl.constexpr, FAR: tl.constexpr, VARLEN: tl.constexpr, START: tl.constexpr, FINAL: tl.constexpr,
@@ -307,8 +308,8 @@ def _twins(
     _sweep(
         tl.program_id(0) // (2 * NV) * NV + pair % NV,
         tl.where(values, k_ptr, v_ptr), tl.where(values, q_ptr, do_ptr), tl.where(values, do_ptr, q_ptr), g_ptr,
-        tl.where(values, dv_ptr, dk_ptr), start_ptr, final_ptr, table_ptr,
-        k_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, N, PIECES, piece,
+        tl.where(values, dv_ptr, dk_ptr), start_ptr, final_ptr, bounds_ptr, pieces_ptr, owner_ptr,
+        k_ptr, chunks_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, PIECES, piece,
         tl.where(values, k_b, v_b), tl.where(values, k_t, v_t), tl.where(values, k_h, v_h),
         tl.where(values, q_b, do_b), tl.where(values, q_t, do_t), tl.where(values, q_h, do_h),
         tl.where(values, do_b, q_b), tl.where(values, do_t, q_t), tl.where(values, do_h, q_h),

@@ -21,6 +21,7 @@ from attnlab.kernels.decay_launch import Sweeps, tiles_for
 from attnlab.kernels.dispatch import rows
 from attnlab.kernels.flow_gates import Gates, flow_gates
 from attnlab.kernels.flow_gradients import gradients
+from attnlab.kernels.packed import Sequences
 
 
 class CausalFlow(torch.autograd.Function):
@@ -29,7 +30,13 @@ class CausalFlow(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, eps, clamp):
         reads, writes, gates = flow_gates(q, k, eps, clamp)
-        sweeps = Sweeps(reads, _no_decay(q.shape[2], q.device), 1 / q.shape[1], tiles_for(reads, v))
+        sweeps = Sweeps(
+            reads,
+            _no_decay(q.shape[2], q.device),
+            1 / q.shape[1],
+            tiles_for(reads, v),
+            Sequences([0, q.shape[1]], None),
+        )
         starts = sweeps.starts(writes, v)
         out, _ = sweeps.sweep(reads, writes, v, start=starts)
         ctx.save_for_backward(q, k, v, reads, writes, starts, *gates)

@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from attnlab.kernels import arguments
 from attnlab.kernels.dispatch import on_gpu, rows
+from attnlab.kernels.packed import Sequences
 from attnlab.mixers import checks, recurrence
 
 
@@ -79,12 +80,12 @@ def linear_decay_attention(
             where looking would stall the stream, only `cu_seqlens` and log decays of shape [H] are looked at, the latter once
             each).
     """
-    bounds = _check(q, k, v, log_decay, initial_state, cu_seqlens)
+    sequences = _check(q, k, v, log_decay, initial_state, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if scale == 0 or not math.isfinite(scale):
         raise ValueError(f"scale={scale} must be finite and not 0; leave it out for K ** -0.5")
     if not on_gpu("linear_decay_attention", q):
-        out, final = _torch_form(q, k, v, log_decay, scale, initial_state, bounds)
+        out, final = _torch_form(q, k, v, log_decay, scale, initial_state, sequences)
         return out, final if return_state else None
     from attnlab.kernels.decay_launch import LinearDecay, tiles_for
 
@@ -92,7 +93,7 @@ def linear_decay_attention(
     start = None if initial_state is None else initial_state.float().contiguous()
     decay = log_decay.float().contiguous()
     with torch.cuda.device(q.device):
-        return LinearDecay.apply(q, k, v, decay, start, scale, bounds, tiles_for(q, v), return_state)
+        return LinearDecay.apply(q, k, v, decay, start, scale, sequences, tiles_for(q, v), return_state)
 
 
 def _torch_form(
@@ -102,17 +103,17 @@ def _torch_form(
     log_decay: Tensor,
     scale: float,
     initial_state: Tensor | None,
-    bounds: list[int] | None,
+    sequences: Sequences,
 ) -> tuple[Tensor, Tensor]:
     """The chunked form of `attnlab.mixers`, one sequence after the other where several are packed."""
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k, w, log_decay = q.to(work), k.to(work), v.to(work), log_decay.to(work)
     start = None if initial_state is None else initial_state.to(work)
-    if bounds is None:
+    if sequences.packed is None:
         out, final = recurrence.chunked(q, k, w, log_decay, scale=scale, initial_state=start)
         return out.to(v.dtype), final
     outs, finals = [], []
-    for n, (first, last) in enumerate(pairwise(bounds)):
+    for n, (first, last) in enumerate(pairwise(sequences.bounds)):
         piece = slice(first, last)
         out, final = recurrence.chunked(
             q[:, piece],
@@ -129,8 +130,8 @@ def _torch_form(
 
 def _check(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
-) -> list[int] | None:
-    """The bounds of packed sequences, if there are any; ValueError for anything that the kernels would read wrongly."""
+) -> Sequences:
+    """The sequences of all rows; ValueError for anything that the kernels would read wrongly."""
     arguments.queries_keys_values(q, k, v)
     arguments.floating(log_decay=log_decay, initial_state=initial_state)
     arguments.beside("q", q, log_decay=log_decay, initial_state=initial_state, cu_seqlens=cu_seqlens)
@@ -143,12 +144,11 @@ def _check(
         checks.shape("log_decay", log_decay, (batch, length, heads), "[B, T, H] of q")
     else:
         _check_decay(log_decay, (batch, length, heads, width))
-    bounds = None if cu_seqlens is None else arguments.bounds(cu_seqlens, batch, length)
-    sequences = batch if bounds is None else len(bounds) - 1
+    sequences = arguments.sequences(cu_seqlens, batch, length)
     if initial_state is not None:
-        wanted = (sequences, heads, width, v.shape[3])
+        wanted = (sequences.count(batch), heads, width, v.shape[3])
         checks.shape("initial_state", initial_state, wanted, "[N, H, K, V]")
-    return bounds
+    return sequences
 
 
 _SEEN = WeakTensorKeyDictionary()  # head decays that were looked at, with their version

@@ -27,10 +27,9 @@ class Sequences(NamedTuple):
     bounds: list[int]
     packed: Tensor | None
 
-    @classmethod
-    def of(cls, length: int, cu_seqlens: Tensor | None = None) -> Sequences:
-        """Rows of one sequence of `length` tokens, or the row that `cu_seqlens` [N + 1] describes."""
-        return cls([0, length], None) if cu_seqlens is None else cls(cu_seqlens.tolist(), cu_seqlens.int())
+    def count(self, batch: int) -> int:
+        """How many sequences there are in so many rows."""
+        return batch if self.packed is None else len(self.bounds) - 1
 
     def cut(self, size: int) -> tuple[Sequences, Tensor | None]:
         """Parts of `size` tokens, and fewer at the end of a sequence.

@@ -24,7 +24,7 @@ SETTINGS = {
     "FLA_TILELANG": "0",
 }  # hold flash-linear-attention to its Triton kernels
 _ALL = ("arguments", "dispatch", "launch")
-_SWEEPS = ("decay_gradient", "decay_launch", "decay_sweep", "packing")
+_SWEEPS = ("decay_gradient", "decay_launch", "decay_sweep", "packed")
 #: what an operator's rows depend on
 SOURCES_OF = {
     operator: tuple(f"kernels/{name}.py" for name in (*_ALL, *names))
