@@ -4,8 +4,9 @@
 
 So with the features r phi(q) and w phi(k) it is linear attention without decay, and :func:`attnlab.kernels.decay_sweep.sweep`
 does the rest. Neither the values nor the outputs are touched once more, which saves their traffic and, in half precision, two
-roundings; and dq and dk, of features and gates together, are rounded once. r falls with the length T of the sequence, so the
-features carry T r, which float16 holds, and the sweeps divide by T.
+roundings; and dq and dk, of features and gates together, are rounded once. r falls with the number of tokens, so the features carry
+r times the most that a sequence has at its end, which float16 holds, and the sweeps divide by that number. The state of the sweep is
+the plain sum of w phi(k) v^T, so a :class:`attnlab.mixers.FlowState` is one thing here and in the torch form.
 """
 
 from __future__ import annotations
@@ -21,35 +22,88 @@ from attnlab.kernels.decay_sweep import Updates, piece_updates, sweep, tiles_for
 from attnlab.kernels.dispatch import rows
 from attnlab.kernels.flow_gates import Gates, flow_gates
 from attnlab.kernels.flow_gradients import gradients
+from attnlab.kernels.flow_walks import layout
+from attnlab.mixers.flow import FlowState
+
+
+def flow_sweep(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    eps: float,
+    clamp: float,
+    initial_state: FlowState | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_state: bool = True,
+) -> tuple[Tensor, FlowState | None]:
+    """:func:`attnlab.kernels.causal_flow.causal_flow` of arguments that fit, their last axes contiguous."""
+    start = memory = past = None
+    if initial_state is not None:
+        start, past = _joined(initial_state), initial_state.length
+        memory = initial_state.memory.float().contiguous()
+    lay = layout(q, cu_seqlens, past)
+    o, end, memory = CausalFlow.apply(q, k, v, start, memory, eps, clamp, lay, return_state)
+    if end is None:
+        return o, None
+    if cu_seqlens is None:
+        tokens = torch.full(q.shape[:1], q.shape[1], dtype=torch.int64, device=q.device)
+    else:
+        tokens = cu_seqlens.diff().long()
+    return o, _parted(end, memory, tokens if past is None else tokens + past)
+
+
+def _joined(state: FlowState) -> Tensor:
+    """The sums of a state as the walks carry them, [N, H, 4 K + 1]."""
+    vectors = (state.sinks, state.sources, state.fixed_sinks, state.fixed_sources)
+    return torch.cat([*(x.float() for x in vectors), state.log_weight.float().exp()[..., None]], -1)
+
+
+def _parted(sums: Tensor, memory: Tensor, length: Tensor) -> FlowState:
+    """The state of which these are the sums."""
+    sinks, sources, fixed_sinks, fixed_sources = sums[..., :-1].chunk(4, -1)
+    return FlowState(sources, sinks, fixed_sources, fixed_sinks, sums[..., -1].log(), memory, length)
 
 
 class CausalFlow(torch.autograd.Function):
-    """One walk for the features, one sweep; backward three sweeps and one walk."""
+    """One walk for the features, one sweep; backward three sweeps and one walk. Of a state the walks take the sums, the sweep the memory."""
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, eps, clamp):
-        reads, writes, gates = flow_gates(q, k, eps, clamp)
-        tiles, decay = tiles_for(reads, v), _no_decay(q.shape[2], q.device)
+    def forward(ctx: Any, q, k, v, start, memory, eps, clamp, lay, with_state):
+        ctx.set_materialize_grads(False)
+        reads, writes, gates, end = flow_gates(q, k, eps, clamp, lay, start, with_state)
+        tiles, decay = tiles_for(reads, v, packed=lay.bounds is not None), _no_decay(q.shape[2], q.device)
         updates = piece_updates(writes, v, decay, tiles)
-        out, _ = sweep(reads, writes, v, decay, 1 / q.shape[1], tiles, updates=updates)
-        ctx.save_for_backward(q, k, v, reads, writes, *gates, *(updates or ()))
-        ctx.clamp, ctx.tiles = clamp, tiles
-        return out
+        out, final = sweep(
+            reads, writes, v, decay, 1 / lay.lift, tiles,
+            start=memory, updates=updates, final=with_state, cu_seqlens=lay.bounds,
+        )  # fmt: skip
+        ctx.save_for_backward(q, k, v, memory, reads, writes, *gates, *(updates or ()))
+        ctx.clamp, ctx.lay, ctx.tiles = clamp, lay, tiles
+        return out, end, final
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out):
-        q, k, v, reads, writes, *saved = ctx.saved_tensors
+    def backward(ctx: Any, d_out, d_end, d_final):
+        q, k, v, memory, reads, writes, *saved = ctx.saved_tensors
         held = len(Gates._fields)
         gates, behind = Gates(*saved[:held]), Updates(*saved[held:]) if saved[held:] else None
-        d_out, tiles, decay = rows(d_out), ctx.tiles, _no_decay(q.shape[2], q.device)
-        ahead = piece_updates(reads, d_out, decay, tiles, reverse=True)
-        arguments = (decay, 1 / q.shape[1], tiles)
-        d_reads, _ = sweep(d_out, v, writes, *arguments, updates=behind.mT if behind else None)
-        d_writes, _ = sweep(v, d_out, reads, *arguments, updates=ahead.mT if ahead else None, reverse=True)
-        dv, _ = sweep(writes, reads, d_out, *arguments, updates=ahead, reverse=True)
-        dq, dk = gradients(q, k, gates, ctx.clamp, d_reads, d_writes)
-        return dq, dk, dv, None, None
+        lay, tiles, decay = ctx.lay, ctx.tiles, _no_decay(q.shape[2], q.device)
+        d_out = torch.zeros_like(v, memory_format=torch.contiguous_format) if d_out is None else rows(d_out)
+        ahead = None if d_final is None else d_final.contiguous() * lay.lift  # each sweep scales what it reads
+        before = piece_updates(reads, d_out, decay, tiles, reverse=True)
+        arguments, back = (decay, 1 / lay.lift, tiles), {"reverse": True, "cu_seqlens": lay.bounds}
+        d_reads, _ = sweep(d_out, v, writes, *arguments, start=_mT(memory), updates=_mT(behind), cu_seqlens=lay.bounds)
+        d_writes, _ = sweep(v, d_out, reads, *arguments, start=_mT(ahead), updates=_mT(before), **back)
+        wanted = ctx.needs_input_grad[3:5]
+        dv, d_memory = sweep(writes, reads, d_out, *arguments, start=ahead, updates=before, final=wanted[1], **back)
+        dq, dk, d_start = gradients(q, k, gates, ctx.clamp, lay, d_reads, d_writes, d_end, wanted[0])
+        d_memory = None if d_memory is None else d_memory / lay.lift
+        return dq, dk, dv, d_start, d_memory, None, None, None, None
+
+
+def _mT(x):
+    return None if x is None else x.mT
 
 
 @functools.cache
