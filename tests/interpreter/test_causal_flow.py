@@ -317,6 +317,14 @@ def test_half_precision_with_a_state(draw):
     assert max(found.values()) < FLOAT16, found
 
 
+def test_eps_is_in_the_flows_and_not_in_the_state(draw):
+    qkv, past = [draw(B, 50, H, width) for width in (K, K, V)], a_past(draw, 5, 200)
+    o, end = flow_sweep(*qkv, eps=0.01, clamp=1.0, initial_state=past)
+    wanted, exact_end = causal_flow_attention(*qkv, eps=0.01, initial_state=past)
+    assert error(o, wanted) < FLOAT32
+    assert max(error(getattr(end, name), getattr(exact_end, name)) for name in SUMS) < FLOAT32
+
+
 @pytest.mark.parametrize("cut", [1, CHUNK - 1, CHUNK, 77])
 def test_two_calls_are_one(cut, draw):
     """The gradient runs through the state between them, and through one that the torch form made for the kernels, or took."""
