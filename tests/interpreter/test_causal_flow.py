@@ -369,6 +369,18 @@ def test_packed_sequences_do_not_see_each_other(draw):
     assert torch.equal(before[:, : CHUNK + 1], after[:, : CHUNK + 1])
 
 
+def test_states_and_bounds_may_be_views(draw):
+    """Every second number of something, as a column of a table is."""
+    bounds, past = torch.tensor([0, 20, 50]), a_past(draw, 3, 40)
+    qkv = [draw(1, 50, H, width) for width in (K, K, V)]
+    apart = FlowState(*(torch.stack([x, -x], -1)[..., 0] for x in past))
+    o, end = flow_sweep(*qkv, eps=1e-6, clamp=1.0, initial_state=past, cu_seqlens=bounds)
+    again = flow_sweep(
+        *qkv, eps=1e-6, clamp=1.0, initial_state=apart, cu_seqlens=torch.stack([bounds, -bounds], -1)[:, 0]
+    )
+    assert all(torch.equal(x, y) for x, y in zip((o, *end), (again[0], *again[1]), strict=True))
+
+
 def test_a_state_that_nobody_reads_changes_nothing(draw, monkeypatch):
     """The bits of outputs and gradients are those without it, and backward does the same work."""
     launched = []

@@ -40,8 +40,9 @@ def flow_sweep(
     """:func:`attnlab.kernels.causal_flow.causal_flow` of arguments that fit, their last axes contiguous."""
     start = memory = past = None
     if initial_state is not None:
-        start, past = _joined(initial_state), initial_state.length
+        start, past = _joined(initial_state), initial_state.length.contiguous()
         memory = initial_state.memory.float().contiguous()
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     lay = layout(q, cu_seqlens, past)
     o, end, memory = CausalFlow.apply(q, k, v, start, memory, eps, clamp, lay, return_state)
     if end is None:
