@@ -21,7 +21,7 @@ from attnlab.kernels import dispatch
 from attnlab.kernels.aaren_scan import aaren_scan
 from attnlab.kernels.causal_flow import causal_flow
 from attnlab.kernels.linear_decay import linear_decay_attention
-from attnlab.mixers import Summary, aaren, causal_flow_attention, recurrence
+from attnlab.mixers import FlowState, Summary, aaren, causal_flow_attention, recurrence
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -477,7 +477,7 @@ def flow_inputs(draw, dtype: torch.dtype, length: int, width: int) -> tuple[dict
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16])
 def test_causal_flow(dtype, length, width, draw):
     x, d = flow_inputs(draw, dtype, length, width)
-    got = everything(lambda y: [causal_flow(y["q"], y["k"], y["v"])], x, d)
+    got = everything(lambda y: [causal_flow(y["q"], y["k"], y["v"])[0]], x, d)
     wanted = everything(lambda y: [causal_flow_attention(y["q"], y["k"], y["v"])[0]], doubled(x), d)
     found = errors(got, wanted)
     below(found, LIMITS[dtype])
@@ -489,11 +489,105 @@ def test_causal_flow(dtype, length, width, draw):
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16])
 def test_causal_flow_gives_the_same_bits(dtype, draw):
     """Three long sequences: several pieces each, and four walks that sum for each other."""
-    from attnlab.kernels.flow_gates import pieces_for
+    from attnlab.kernels.flow_walks import layout
 
     x, d = flow_inputs(draw, dtype, 16_384, 40)
-    assert pieces_for(x["q"]) > 1
-    repeats(lambda y: [causal_flow(y["q"], y["k"], y["v"])], x, d)
+    assert layout(x["q"]).split
+    repeats(lambda y: [causal_flow(y["q"], y["k"], y["v"])[0]], x, d)
+
+
+SUMS = FlowState._fields[:-1]
+#: length, width, bounds, tokens that each sequence has had
+FLOW_STATES = {
+    "one walk": (1000, 64, None, (500,)),
+    "pieces": (4096, 64, None, (3000,)),
+    "pieces, no power of two": (4096, 40, None, (3000,)),
+    "wide": (4096, 128, None, (3000,)),
+    "one token": (1, 64, None, (3000,)),
+    "packed": (4000, 64, (0, 1, 64, 1063, 4000), (0, 1000, 50, 7)),
+    "packed, one walk": (1000, 40, (0, 1, 33, 65, 400, 1000), (9, 0, 1000, 50, 7)),
+}
+
+
+def flow_state(draw, dtype: torch.dtype, case) -> tuple[dict[str, Tensor], Tensor, list[Tensor]]:
+    """Leaves by name, the tokens of the past, and the gradients of the outputs and of all sums of the final state."""
+    length, width, _, past = case
+    x, d = flow_inputs(draw, dtype, length, width)
+    ends = []
+    for tokens in past:
+        _, end = causal_flow_attention(*(draw(1, max(tokens, 1), 3, width) for _ in "qkv"))
+        if tokens == 0:
+            end = FlowState(*map(torch.zeros_like, end))._replace(log_weight=torch.full_like(end.log_weight, -math.inf))
+        ends.append(end)
+    state = FlowState(*map(torch.cat, zip(*ends, strict=True)))
+    x |= {name: getattr(state, name).requires_grad_() for name in SUMS}
+    return x, state.length, d + [draw(*x[name].shape) for name in SUMS]
+
+
+def flow_from(x: dict[str, Tensor], past: Tensor, bounds: tuple[int, ...] | None) -> list[Tensor]:
+    cu = None if bounds is None else torch.tensor(bounds, device="cuda")
+    state = FlowState(**{name: x[name] for name in SUMS}, length=past)
+    o, end = causal_flow(x["q"], x["k"], x["v"], initial_state=state, cu_seqlens=cu)
+    tokens = torch.tensor([o.shape[1]] if bounds is None else [b - a for a, b in pairwise(bounds)], device="cuda")
+    assert torch.equal(end.length, past + tokens)
+    return [o, *end[:-1]]
+
+
+def flow_from64(x: dict[str, Tensor], past: Tensor, bounds: tuple[int, ...] | None) -> list[Tensor]:
+    """The torch form, one packed sequence after the other."""
+    parts = []
+    for n, (first, last) in enumerate(pairwise(bounds or (0, x["q"].shape[1]))):
+        state = FlowState(**{name: x[name][n : n + 1] for name in SUMS}, length=past[n : n + 1])
+        o, end = causal_flow_attention(*(x[name][:, first:last] for name in "qkv"), initial_state=state)
+        parts.append((o, *end[:-1]))
+    outs, *ends = zip(*parts, strict=True)
+    return [torch.cat(outs, 1), *map(torch.cat, ends)]
+
+
+@pytest.mark.parametrize("case", FLOW_STATES.values(), ids=FLOW_STATES)
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16])
+def test_causal_flow_with_states(dtype, case, draw):
+    x, past, d = flow_state(draw, dtype, case)
+    got = everything(lambda y: flow_from(y, past, case[2]), x, d)
+    wanted = everything(lambda y: flow_from64(y, past, case[2]), doubled(x), d)
+    found = errors(got, wanted)
+    flows = {f"output {i}": found[f"output {i}"] for i in range(1, 6)}  # all of the state but its memory
+    below(flows, LIMITS[FLOAT32])
+    below(found, LIMITS[dtype])
+
+
+@pytest.mark.parametrize("case", [FLOW_STATES["pieces"], FLOW_STATES["packed"]], ids=["pieces", "packed"])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16])
+def test_causal_flow_with_states_gives_the_same_bits(dtype, case, draw):
+    from attnlab.kernels.flow_walks import layout
+
+    x, past, d = flow_state(draw, dtype, case)
+    bounds = None if case[2] is None else torch.tensor(case[2], device="cuda")
+    assert layout(x["q"], bounds, past).split
+    repeats(lambda y: flow_from(y, past, case[2]), x, d)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16])
+def test_the_flow_state_carries_across_a_split(dtype, draw):
+    """Between two calls of the kernels, and between one of theirs and one of the torch form."""
+    x, _ = flow_inputs(draw, dtype, 4000, 64)
+    q, k, v = (part.detach() for part in x.values())
+    whole, last = causal_flow_attention(q.double(), k.double(), v.double())
+    before, state = causal_flow(q[:, :1333], k[:, :1333], v[:, :1333])
+    after, final = causal_flow(q[:, 1333:], k[:, 1333:], v[:, 1333:], initial_state=state)
+    torchs, end = causal_flow_attention(*(y[:, 1333:].float() for y in (q, k, v)), initial_state=state)
+    got = {"o": torch.cat([before, after], 1), "torch o": torchs, "torch memory": end.memory}
+    wanted = {"o": whole, "torch o": whole[:, 1333:], "torch memory": last.memory}
+    for name in SUMS:
+        got[name], wanted[name] = getattr(final, name), getattr(last, name)
+    below(errors(got, wanted), LIMITS[dtype])
+
+
+def test_the_flow_state_that_nobody_reads_costs_no_bits(draw):
+    x, d = flow_inputs(draw, BFLOAT16, 5000, 64)
+    with_state = everything(lambda y: [causal_flow(y["q"], y["k"], y["v"])[0]], x, d)
+    without = everything(lambda y: [causal_flow(y["q"], y["k"], y["v"], return_state=False)[0]], x, d)
+    assert all(torch.equal(part, without[name]) for name, part in with_state.items())
 
 
 def flow_in_torch(x: dict[str, Tensor]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attnlab.mixers import causal_flow_attention, flow_attention, flow_quantities
+from attnlab.mixers import FlowState, causal_flow_attention, flow_attention, flow_quantities
 
 FORMS = ["recurrent", "chunked", "cumsum"]
 SWITCHES = [(True, True), (True, False), (False, True), (False, False)]
@@ -82,7 +82,7 @@ def test_causal_flow_attention_is_the_loop(form, competition, allocation, eps, c
     switches = {"eps": eps, "clamp": clamp, "competition": competition, "allocation": allocation}
     o, state = causal_flow_attention(q, k, v, **switches, form=form, chunk_size=8)
     torch.testing.assert_close(o, each_head(causal_loop, q, k, v, *switches.values()), **close)
-    assert state.length == M
+    assert torch.equal(state.length, torch.tensor([M, M]))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -139,7 +139,7 @@ def test_far_logits_without_a_clamp_stay_finite(form, draw):
     o, state = causal_flow_attention(q, k + faint, v, clamp=None, form=form)
     grads = torch.autograd.grad(o.sum(), [q, k, v])
     assert state.log_weight.max() > 1000
-    assert all(x.isfinite().all() for x in (o, *state[:-1], *grads))
+    assert all(x.isfinite().all() for x in (o, *state, *grads))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -165,3 +165,31 @@ def test_bad_input_is_refused(draw):
         causal_flow_attention(k[:1], k[:1], v[:1], initial_state=state)
     with pytest.raises(ValueError, match=r"initial_state.log_weight: dtype torch.float32"):
         causal_flow_attention(k, k, v, initial_state=state._replace(log_weight=state.log_weight.float()))
+    with pytest.raises(
+        ValueError, match=r"initial_state.length: dtype torch.int32, but torch.int64 is wanted; cast it"
+    ):
+        causal_flow_attention(k, k, v, initial_state=state._replace(length=state.length.int()))
+    with pytest.raises(ValueError, match=r"initial_state.length: on meta, but q is on cpu; move one of them"):
+        causal_flow_attention(k, k, v, initial_state=state._replace(length=state.length.to("meta")))
+    with pytest.raises(ValueError, match=r"initial_state.length: int, but a tensor is wanted; see FlowState"):
+        causal_flow_attention(k, k, v, initial_state=state._replace(length=M))
+    with pytest.raises(ValueError, match=r"initial_state: tuple, but the FlowState that an earlier call returned"):
+        causal_flow_attention(k, k, v, initial_state=tuple(state))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_sequence_counts_its_own_tokens(form, draw):
+    """One batch whose rows have passed 5 and 23 tokens."""
+    pasts, rest = (
+        [[draw(1, n, H, width) for width in (K, K, V)] for n in (5, 23)],
+        [draw(2, 9, H, w) for w in (K, K, V)],
+    )
+    states = [causal_flow_attention(*past)[1] for past in pasts]
+    joint = FlowState(*(torch.cat(parts) for parts in zip(*states, strict=True)))
+    o, state = causal_flow_attention(*rest, form=form, chunk_size=4, initial_state=joint)
+    for n, past in enumerate(pasts):
+        whole = [torch.cat([before, after[n : n + 1]], 1) for before, after in zip(past, rest, strict=True)]
+        wanted, end = causal_flow_attention(*whole)
+        torch.testing.assert_close(o[n], wanted[0, -9:], **close)
+        for got, part in zip(state, end, strict=True):
+            torch.testing.assert_close(got[n], part[0], **close)

@@ -12,6 +12,13 @@ The weight of source t is t e_t / S_t with e = exp(o) and S its running sum. e_t
 So what is carried from later chunks are again four vectors, sums of a phi(q), b phi(k), c phi(q) and d phi(k), and one number, the
 sum of d weight weight / S. That number comes first here: in pieces, walk 0 sums it, walk 1 sums a phi(q) and b phi(k), walk 2
 c phi(q) and d phi(k), and walk 3 makes the gradients. There eps, a relative 1e-6, is left out.
+
+What is carried is, at every boundary, the gradient of the sums that the forward walk carries over it:
+
+    sum of a phi(q): of sum phi(k) / outgoing      c phi(q): of sum phi(k)      d weight weight / S: of -S
+    sum of b phi(k): of sum phi(q) / incoming      d phi(k): of sum phi(q)
+
+So it starts from the gradient of the sums that a sequence ends with, and what remains is that of the sums it continued.
 """
 
 from __future__ import annotations
@@ -21,7 +28,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnlab.kernels.flow_gates import Gates, apart, capacities, features, launch, passed, place, put, vector, walks
+from attnlab.kernels.flow_gates import Gates
+from attnlab.kernels.flow_walks import (
+    Layout,
+    apart,
+    capacities,
+    features,
+    launch,
+    leave,
+    passed,
+    place,
+    vector,
+    walks,
+)
 from attnlab.kernels.launch import remembered
 
 
@@ -36,33 +55,45 @@ def slope_of(ptr, wide):
 @triton.jit
 def _walk_back(
     q_ptr, k_ptr, sums_ptr, carried_ptr, in_ptr, out_ptr, gate_ptr, given_ptr, total_ptr,
-    d_reads_ptr, d_writes_ptr, dq_ptr, dk_ptr, clamp,
+    d_reads_ptr, d_writes_ptr, dq_ptr, dk_ptr, start_ptr, end_ptr, clamp, past_ptr, bounds_ptr, pieces_ptr, owner_ptr, lift,
     T, H, PIECES, piece, q_b, q_t, q_h, k_b, k_t, k_h,
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr, DOT: tl.constexpr,
-    FACTOR: tl.constexpr, WALK: tl.constexpr,
+    VARLEN: tl.constexpr, PAST: tl.constexpr, START: tl.constexpr, END: tl.constexpr, FACTOR: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
     """Walks 0, 1 and 2 leave the sums of a piece; walk 3 overwrites d reads and d writes with dq and dk.
 
     These have pointers of their own: the compiler would keep those of a chunk's loads for its stores, in half of all registers.
     """
-    i_b, i_h, i_p, i_u, first, chunks = place(T, H, PIECES, piece, C)
-    q_ptr += i_b * q_b + i_h * q_h
-    k_ptr += i_b * k_b + i_h * k_h
-    begin = (i_b * T * H + i_h) * K
+    i_b, i_n, i_h, i_p, pieces, begin, length, line, edge, bundle = place(
+        bounds_ptr, pieces_ptr, owner_ptr, T, H, PIECES, piece, C, VARLEN
+    )
+    first = i_p * piece
+    chunks = tl.cdiv(tl.minimum(first + piece, length) - first, C)
+    q_ptr += i_b * q_b + begin * q_t + i_h * q_h
+    k_ptr += i_b * k_b + begin * k_t + i_h * k_h
+    origin = ((i_b * T + begin) * H + i_h) * K
     if SPLIT:
-        sums_ptr += i_u * PIECES * (4 * K + 1)
+        sums_ptr += bundle * (4 * K + 1)
+    if START:
+        start_ptr += (i_n * H + i_h) * (4 * K + 1)
+    if PAST:
+        past = tl.load(past_ptr + i_n).to(tl.float32)
     cs, ks = tl.arange(0, C), tl.arange(0, BK)
     down, up = cs[:, None] >= cs[None, :], cs[:, None] <= cs[None, :]  # sinks down, sources across
-    a_q, b_k, c_q, d_k, after = passed(sums_ptr, i_p + 1, PIECES, 0.0, K, BK, SPLIT, WALK > 1, WALK > 2, WALK > 0)
+    a_q, b_k, c_q, d_k, after = passed(
+        start_ptr, sums_ptr, i_p + 1, pieces, 0.0, K, BK, START, SPLIT, WALK > 1, WALK > 2, WALK > 0
+    )
     for i in range(chunks):
         c0 = first + (chunks - 1 - i) * C
         far = c0.to(tl.int64)
         t = c0 + cs
-        inside = t < T
+        inside = t < length
         wide = inside[:, None] & (ks < K)[None, :]
         n = (t + 1).to(tl.float32)
-        at = i_u * T + t
-        here, rows = begin + far * H * K, cs[:, None] * (H * K) + ks[None, :]
+        if PAST:
+            n += past
+        at = line + t
+        here, rows = origin + far * H * K, cs[:, None] * (H * K) + ks[None, :]
         k = features(k_ptr + far * k_t + cs[:, None] * k_t + ks[None, :], wide)
         d_writes = tl.load(d_writes_ptr + here + rows, mask=wide, other=0.0)
         given = tl.load(given_ptr + at, mask=inside, other=0.0)
@@ -76,7 +107,7 @@ def _walk_back(
             d_reads = tl.load(d_reads_ptr + here + rows, mask=wide, other=0.0)
             per_in = tl.where(inside, 1.0 / tl.load(in_ptr + at, mask=inside, other=1.0), 0.0)
             gate = tl.load(gate_ptr + at, mask=inside, other=0.0)
-            read = T * per_in / n * gate
+            read = lift * per_in / n * gate
             d_read = tl.sum(q * d_reads.to(tl.float32), 1)
             a = d_read * read * (1 - gate) / n
             later = after + tl.sum(tl.where(up, lost[None, :], 0.0), 1)
@@ -87,10 +118,10 @@ def _walk_back(
                 table = capacities(q, k, PARTS, DOT)
                 d_per_in = tl.sum(tl.where(up, table * b[None, :], 0.0), 1) + tl.sum(q * b_k[None, :], 1)
                 d_per_out = tl.sum(tl.where(down, table * a[:, None], 0.0), 0) + tl.sum(k * a_q[None, :], 1)
-                c = -per_in * per_in * (d_per_in + d_read * gate * T / n) / n
+                c = -per_in * per_in * (d_per_in + d_read * gate * lift / n) / n
                 d = -per_out * per_out * d_per_out / n
                 if WALK == 3:
-                    carried = carried_ptr + (i_u * tl.cdiv(T, C) + c0 // C) * 4 * K
+                    carried = carried_ptr + (edge + c0 // C) * 4 * K
                     all_q, all_k = vector(carried, 0, K, BK), vector(carried, 1, K, BK)
                     fixed_q, fixed_k = vector(carried, 2, K, BK), vector(carried, 3, K, BK)
                     da = tl.where(down, a[:, None] * per_out[None, :] + c[:, None], 0.0)
@@ -113,36 +144,45 @@ def _walk_back(
         after += tl.sum(lost, 0)
     if WALK < 3:
         mine = sums_ptr + i_p * (4 * K + 1)
-        if WALK == 0:
-            tl.store(mine + 4 * K, after)
-        elif WALK == 1:
-            put(mine, 0, a_q, K, BK)
-            put(mine, 1, b_k, K, BK)
-        else:
-            put(mine, 2, c_q, K, BK)
-            put(mine, 3, d_k, K, BK)
+        leave(mine, a_q, b_k, c_q, d_k, after, K, BK, WALK == 1, WALK == 2, WALK == 0)
+    elif END:
+        if i_p == 0:
+            mine = end_ptr + (i_n * H + i_h) * (4 * K + 1)
+            leave(mine, a_q, b_k, c_q, d_k, after, K, BK, True, True, True)
 
 
 def gradients(
-    q: Tensor, k: Tensor, gates: Gates, clamp: float, d_reads: Tensor, d_writes: Tensor
-) -> tuple[Tensor, Tensor]:
-    """dq and dk [B, T, H, K], in the memory of the gradients of what :func:`attnlab.kernels.flow_gates.flow_gates` returned."""
+    q: Tensor,
+    k: Tensor,
+    gates: Gates,
+    clamp: float,
+    lay: Layout,
+    d_reads: Tensor,
+    d_writes: Tensor,
+    d_end: Tensor | None = None,
+    with_start: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dq and dk [B, T, H, K], in the memory of the gradients of what :func:`attnlab.kernels.flow_gates.flow_gates` returned.
+
+    `d_end` is the gradient of its last result, the third here that of its `start`; both may be left out.
+    """
     factor = tl.bfloat16 if q.dtype == torch.bfloat16 and q.is_cuda else tl.float32
-    grid, sizes, shape, sums = launch(q, k)
+    ahead = None if d_end is None else _mirrored(d_end)
+    left = (
+        torch.empty(lay.sequences.count(q.shape[0]), q.shape[2], 4 * q.shape[3] + 1, device=q.device)
+        if with_start
+        else None
+    )
+    grid, sizes, shape, sums = launch(q, k, lay)
     for walk in walks(sums):
         _walk_back[grid](
-            q,
-            k,
-            sums,
-            *gates,
-            d_reads,
-            d_writes,
-            d_reads,
-            d_writes,
-            float(clamp),
-            *sizes,
-            **shape,
-            FACTOR=factor,
-            WALK=walk,
-        )
-    return d_reads, d_writes
+            q, k, sums, *gates, d_reads, d_writes, d_reads, d_writes, ahead, left, float(clamp), *sizes,
+            **shape, START=ahead is not None, END=with_start, FACTOR=factor, WALK=walk,
+        )  # fmt: skip
+    return d_reads, d_writes, None if left is None else _mirrored(left)
+
+
+def _mirrored(sums: Tensor) -> Tensor:
+    """What is carried back from gradients of the sums carried forward, or these from it: the other order, the number negated."""
+    vectors = sums[..., :-1].unflatten(-1, (4, -1)).flip(-2).flatten(-2)
+    return torch.cat([vectors, -sums[..., -1:]], -1)

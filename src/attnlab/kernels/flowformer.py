@@ -73,7 +73,7 @@ class MultiHead(nn.Module):
     Args:
         width: D, a multiple of ``heads``.
         heads: H; K = V = D / H.
-        attention: one of :data:`ARMS`, or any other function of this form: ``causal_flow`` makes a causal layer.
+        attention: one of :data:`ARMS`, or any other function of this form: the outputs of ``causal_flow`` make a causal layer.
 
     Raises:
         ValueError: sizes that are not positive, heads that do not divide the width.

@@ -31,12 +31,18 @@ from attnlab.models.sweep import best
 if TYPE_CHECKING:
     import pandas as pd
 
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attnlab.kernels.causal_flow`, without the final state."""
+    return causal_flow(q, k, v, return_state=False)[0]
+
+
 #: what is timed: dtype, and an attention that is handed q, k and v of it
 COSTS: dict[str, tuple[torch.dtype, Attention]] = {
     "softmax": (torch.bfloat16, ARMS["softmax"]),
     "elu+1 linear": (torch.float32, ARMS["elu+1 linear"]),
     "flow": (torch.float32, ARMS["flow"]),
-    "flow, causal kernel": (torch.bfloat16, causal_flow),
+    "flow, causal kernel": (torch.bfloat16, causal),
 }
 
 
@@ -123,7 +129,15 @@ TINY: dict[Task, tuple[float, ...]] = {
 LENGTHS = tuple(2**n for n in range(10, 17))  # 1k to 64k tokens
 SOURCES = tuple(
     f"kernels/{name}.py"
-    for name in ("flowformer", "flowformer_runs", "flowformer_record", "flow_gates", "flow_gradients", "flow_sweep")
+    for name in (
+        "flowformer",
+        "flowformer_runs",
+        "flowformer_record",
+        "flow_gates",
+        "flow_gradients",
+        "flow_sweep",
+        "flow_walks",
+    )
 )
 COMMAND = "python -m attnlab.kernels.flowformer"
 

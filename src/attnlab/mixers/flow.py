@@ -37,7 +37,7 @@ class FlowState(NamedTuple):
     fixed_sinks: Tensor  # [B, H, K], of phi(q) / I
     log_weight: Tensor  # [B, H], log of the sum of exp(conserved outgoing flow)
     memory: Tensor  # [B, H, K, V], of phi(k) c v^T
-    length: int
+    length: Tensor  # [B] int64, tokens
 
 
 def flow_quantities(q: Tensor, k: Tensor, *, eps: float = 1e-6) -> Flow:
@@ -133,9 +133,9 @@ def causal_flow_attention(
     checks.heads(q, k, v)
     checks.one_of("form", form, ("recurrent", "chunked", "cumsum"))
     past = _nothing(q, v) if initial_state is None else _checked(initial_state, q, v)
-    length = past.length + q.shape[1]
     sinks, sources = q.sigmoid(), k.sigmoid()
-    t = torch.arange(past.length + 1, length + 1, dtype=q.dtype, device=q.device)[:, None]  # [T, 1]
+    steps = torch.arange(1, q.shape[1] + 1, device=q.device)
+    t = (past.length[:, None] + steps).to(q.dtype)[..., None]  # [B, T, 1]
 
     all_sources = _prefix_sum(sources, past.sources)  # [B, T, H, K]
     all_sinks = _prefix_sum(sinks, past.sinks)
@@ -166,8 +166,28 @@ def causal_flow_attention(
         fixed_sinks=fixed_sinks[:, -1],
         log_weight=log_weight[:, -1],
         memory=memory,
-        length=length,
+        length=past.length + q.shape[1],
     )
+
+
+def check_state(state: FlowState, sequences: int, q: Tensor, v: Tensor) -> None:
+    """Every part of a state is for these ``sequences``, and for the heads and channels of q [B, T, H, K] and v [B, T, H, V].
+
+    Raises:
+        ValueError: no :class:`FlowState`, a part of another shape, lengths that are not int64.
+    """
+    if not isinstance(state, FlowState):
+        raise ValueError(
+            f"initial_state: {type(state).__name__}, but the FlowState that an earlier call returned is wanted"
+        )
+    row = (sequences, *q.shape[2:])
+    shapes = {"log_weight": row[:2], "memory": (*row, v.shape[3]), "length": row[:1]}
+    for name, part in state._asdict().items():
+        if not isinstance(part, Tensor):
+            raise ValueError(f"initial_state.{name}: {type(part).__name__}, but a tensor is wanted; see FlowState")
+        checks.shape(f"initial_state.{name}", part, shapes.get(name, row), "sizes of the sequences, q and v")
+    if state.length.dtype != torch.int64:
+        raise ValueError(f"initial_state.length: dtype {state.length.dtype}, but torch.int64 is wanted; cast it")
 
 
 def _through(x: Tensor, total: Tensor, eps: float) -> Tensor:
@@ -199,7 +219,8 @@ def _nothing(q: Tensor, v: Tensor) -> FlowState:
     batch, _, heads, width = q.shape
     zeros = q.new_zeros(batch, heads, width)
     no_weight = q.new_full((batch, heads), -torch.inf)
-    return FlowState(zeros, zeros, zeros, zeros, no_weight, q.new_zeros(batch, heads, width, v.shape[-1]), length=0)
+    no_tokens = torch.zeros(batch, dtype=torch.int64, device=q.device)
+    return FlowState(zeros, zeros, zeros, zeros, no_weight, q.new_zeros(batch, heads, width, v.shape[-1]), no_tokens)
 
 
 def _checked(state: FlowState, q: Tensor, v: Tensor) -> FlowState:
@@ -208,9 +229,9 @@ def _checked(state: FlowState, q: Tensor, v: Tensor) -> FlowState:
     Raises:
         ValueError: one has not.
     """
-    for name, wanted in _nothing(q, v)._asdict().items():
-        if name != "length":
-            part = getattr(state, name)
-            checks.shape(f"initial_state.{name}", part, tuple(wanted.shape), "the sizes of q and v")
-            checks.numbers(q=q, **{f"initial_state.{name}": part})
+    check_state(state, q.shape[0], q, v)
+    sums = {f"initial_state.{name}": part for name, part in state._asdict().items() if name != "length"}
+    checks.numbers(q=q, **sums)
+    if state.length.device != q.device:
+        raise ValueError(f"initial_state.length: on {state.length.device}, but q is on {q.device}; move one of them")
     return state

@@ -32,7 +32,7 @@ SOURCES_OF = {
         "linear_decay": (*_SWEEPS, "linear_decay"),
         "scalar_gated": (*_SWEEPS, "linear_decay"),
         "aaren_scan": ("aaren_scan", "packed", "prefix_softmax"),
-        "causal_flow": (*_SWEEPS, "causal_flow", "flow_gates", "flow_gradients", "flow_sweep"),
+        "causal_flow": (*_SWEEPS, "causal_flow", "flow_gates", "flow_gradients", "flow_sweep", "flow_walks"),
     }.items()
 }
 SOURCES = tuple(sorted({name for names in SOURCES_OF.values() for name in names}))
