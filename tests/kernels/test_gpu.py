@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnlab.kernels import dispatch
+from attnlab.kernels import arguments, dispatch
 from attnlab.kernels.aaren_scan import aaren_scan
 from attnlab.kernels.causal_flow import causal_flow
 from attnlab.kernels.linear_decay import linear_decay_attention
@@ -187,7 +187,8 @@ def test_outputs_and_gradients(case, draw):
 @pytest.mark.parametrize("decay", ["none", "head", "token"])
 @pytest.mark.parametrize("width", [64, 128])
 def test_at_most_twice_the_error_of_torch_in_bfloat16(width, decay, draw):
-    case = Case(BFLOAT16, width, width, decay)
+    heads = 32 if decay == "head" else 3  # a head's gradient is one sum with both signs: three are a matter of luck
+    case = Case(BFLOAT16, width, width, decay, heads=heads)
     x, d = inputs(case, draw), upstream(case, draw)
     wanted = float64_of(case, x, d)
     found = errors(everything(lambda y: kernel(case, y), x, d), wanted)
@@ -492,7 +493,7 @@ def test_causal_flow_gives_the_same_bits(dtype, draw):
     from attnlab.kernels.flow_walks import layout
 
     x, d = flow_inputs(draw, dtype, 16_384, 40)
-    assert layout(x["q"]).split
+    assert layout(x["q"], arguments.sequences(None, *x["q"].shape[:2])).split
     repeats(lambda y: [causal_flow(y["q"], y["k"], y["v"])[0]], x, d)
 
 
@@ -553,7 +554,8 @@ def test_causal_flow_with_states(dtype, case, draw):
     found = errors(got, wanted)
     flows = {f"output {i}": found[f"output {i}"] for i in range(1, 6)}  # all of the state but its memory
     below(flows, LIMITS[FLOAT32])
-    below(found, LIMITS[dtype])
+    alone = case[0] == 1  # all that one token reads is the state, and that halves of both kinds read in bfloat16
+    below(found, LIMITS[BFLOAT16 if alone and dtype == FLOAT16 else dtype])
 
 
 @pytest.mark.parametrize("case", [FLOW_STATES["pieces"], FLOW_STATES["packed"]], ids=["pieces", "packed"])
@@ -563,7 +565,7 @@ def test_causal_flow_with_states_gives_the_same_bits(dtype, case, draw):
 
     x, past, d = flow_state(draw, dtype, case)
     bounds = None if case[2] is None else torch.tensor(case[2], device="cuda")
-    assert layout(x["q"], bounds, past).split
+    assert layout(x["q"], arguments.sequences(bounds, *x["q"].shape[:2]), past).split
     repeats(lambda y: flow_from(y, past, case[2]), x, d)
 
 

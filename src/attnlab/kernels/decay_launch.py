@@ -7,14 +7,14 @@ are cut into pieces cost two more, and a decay that learns one (`attnlab.kernels
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attnlab.kernels.decay_gradient import Boundaries, boundaries, decay_gradient
-from attnlab.kernels.decay_sweep import _piece_starts, _piece_updates, _single, _twins
+from attnlab.kernels.decay_sweep import _piece_updates, _single, _twins
 from attnlab.kernels.dispatch import cdiv, dot_precision, multiprocessors, padded, rows
 from attnlab.kernels.packed import Sequences
 
@@ -55,6 +55,18 @@ def tiles_for(q: Tensor, v: Tensor) -> Tiles:
     return Tiles(chunk, whole.slice, warps, stages, cdiv(length, piece))
 
 
+class Updates(NamedTuple):
+    """What every piece of a sequence alone adds to the state: [pieces, H, K, V], and its total log decay [pieces, H] with gates."""
+
+    states: Tensor
+    sums: Tensor
+
+    @property
+    def mT(self) -> Updates:
+        """The same, for states written transposed."""
+        return Updates(self.states.mT, self.sums)
+
+
 class Sweeps:
     """All launches over one set of inputs share sizes, decay and scale.
 
@@ -84,29 +96,19 @@ class Sweeps:
         self.launch = {"num_warps": tiles.warps, "num_stages": tiles.stages}
         self.half = q.dtype != torch.float32 and q.is_cuda  # the interpreter's bfloat16 is wrong
 
-    def starts(self, k: Tensor, v: Tensor, start: Tensor | None = None, *, reverse: bool = False) -> Tensor | None:
-        """The states that the sweep over k and v starts from: [pieces, H, K, V], or `start` itself where nothing is cut.
-
-        Args:
-            start: of every sequence, [N, H, K, V].
-        """
+    def updates(self, k: Tensor, v: Tensor, *, reverse: bool = False) -> Updates | None:
+        """The first pass over sequences that are cut into pieces; None where they are not."""
         if self.pieces == self.count:
-            return start
+            return None
         width, channels = k.shape[-1], v.shape[-1]
-        updates, starts = torch.empty(2, self.pieces, self.heads, width, channels, device=self.device)
+        states = torch.empty(self.pieces, self.heads, width, channels, device=self.device)
         sums = torch.empty(self.pieces, self.heads, device=self.device)
         _piece_updates[self._grid(channels)](
-            k, v, self.log_decay, updates, sums, *self.places, *self.sizes, *k.stride()[:3], *v.stride()[:3],
+            k, v, self.log_decay, states, sums, *self.places, *self.sizes, *k.stride()[:3], *v.stride()[:3],
             K=width, V=channels, BK=padded(width), BV=self.tiles.slice, REVERSE=reverse, FAR=_far(k, v), **self.constants,
             num_warps=self.tiles.warps, num_stages=self.tiles.stages + 2,  # two blocks a chunk, not three: room for more
         )  # fmt: skip
-        size, block = width * channels, 256
-        _piece_starts[(self.count * self.heads * cdiv(size, block),)](
-            updates, start, sums, self.log_decay, *self.places, starts, *self.sizes,
-            SIZE=size, BLOCK=block, GROUP=min(padded(self.pieces // self.count), 32), REVERSE=reverse, GATED=self.constants["GATED"],
-            VARLEN=self.constants["VARLEN"], START=start is not None, num_warps=4,
-        )  # fmt: skip
-        return starts
+        return Updates(states, sums)
 
     def sweep(
         self,
@@ -116,6 +118,7 @@ class Sweeps:
         *,
         reverse: bool = False,
         start: Tensor | None = None,
+        updates: Updates | None = None,
         final: bool = False,
         keep: Boundaries | None = None,
         meet: Boundaries | None = None,
@@ -123,22 +126,22 @@ class Sweeps:
     ) -> tuple[Tensor, Tensor | None]:
         """One sweep: out [B, T, H, V], and the state [N, H, K, V] after the last token if `final`.
 
-        `start` is what :meth:`starts` gave, or a transposed view of that: the dq sweep reads the states of the forward sweep. For the
-        gradient of the decay `keep` has the states behind all chunks written, and `meet` the products of those with this sweep's;
-        both have the products of every output with `mine`.
+        `start` and `updates` may both be transposed views: the dq sweep reads the states of the forward sweep. For the gradient of
+        the decay `keep` has the states behind all chunks written, and `meet` the products of those with this sweep's; both have
+        the products of every output with `mine`.
         """
         width, channels = q.shape[-1], v.shape[-1]
         out = torch.empty(v.shape, dtype=v.dtype, device=self.device)
         last = torch.empty(self.count, self.heads, width, channels, device=self.device) if final else None
-        states = [x for x in (start, last) if x is not None]
+        states = [x for x in (start, updates.states if updates else None, last) if x is not None]
         layout = states[0].stride()[-2:] if states else (0, 0)
         edge = keep or meet
         behind = (*edge[:3], edge.reads if keep else edge.writes) if edge else (None, None, None, None)
         _single[self._grid(channels)](
-            q, k, v, self.log_decay, out, start, last, *self.places, mine, *behind, self.scale,
+            q, k, v, self.log_decay, out, start, *(updates or (None, None)), last, *self.places, mine, *behind, self.scale,
             *self.sizes, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *(q if mine is None else mine).stride()[:3], *layout,
             K=width, V=channels, BK=padded(width), BV=self.tiles.slice, REVERSE=reverse, FAR=_far(q, k, v),
-            START=start is not None, FINAL=final, KEEP=keep is not None, MEET=meet is not None,
+            START=start is not None, FINAL=final, SPLIT=updates is not None, KEEP=keep is not None, MEET=meet is not None,
             HALF=self.half, **self.constants, **self.launch,
         )  # fmt: skip
         return out, last
@@ -151,23 +154,28 @@ class Sweeps:
         d_out: Tensor,
         *,
         start: Tensor | None = None,
+        updates: Updates | None = None,
         final: bool = False,
         meet: Boundaries | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """dk, dv and, if `final`, the state [N, H, K, V] before the first token, from the right."""
         if k.shape[-1] != v.shape[-1]:
-            back: Any = {"reverse": True, "start": start}
+            back: Any = {"reverse": True, "start": start, "updates": updates}
             dv, first = self.sweep(k, q, d_out, **back, final=final)
-            return self.sweep(v, d_out, q, reverse=True, start=_mT(start), meet=meet, mine=k)[0], dv, first
+            return (
+                self.sweep(v, d_out, q, reverse=True, start=_mT(start), updates=_mT(updates), meet=meet, mine=k)[0],
+                dv,
+                first,
+            )
         width = k.shape[-1]
         dk, dv = torch.empty(k.shape, dtype=k.dtype, device=self.device), torch.empty_like(d_out)
         first = torch.empty(self.count, self.heads, width, width, device=self.device) if final else None
         behind = (*meet[:3], meet.writes) if meet else (None, None, None, None)
         _twins[(2 * self._grid(width)[0],)](
-            q, k, v, d_out, self.log_decay, dk, dv, start, first, *self.places, *behind, self.scale,
+            q, k, v, d_out, self.log_decay, dk, dv, start, *(updates or (None, None)), first, *self.places, *behind, self.scale,
             *self.sizes, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3],
             K=width, BK=padded(width), BV=self.tiles.slice, FAR=_far(q, k, v, d_out),
-            START=start is not None, FINAL=final, MEET=meet is not None,
+            START=start is not None, FINAL=final, SPLIT=updates is not None, MEET=meet is not None,
             HALF=self.half, **self.constants, **self.launch,
         )  # fmt: skip
         return dk, dv, first
@@ -187,24 +195,25 @@ class LinearDecay(torch.autograd.Function):
     def forward(ctx: Any, q, k, v, log_decay, start, scale, sequences, tiles, with_state=True):
         ctx.set_materialize_grads(False)
         sweeps = Sweeps(q, log_decay, scale, tiles, sequences)
-        starts = sweeps.starts(k, v, start)
-        out, final = sweeps.sweep(q, k, v, start=starts, final=with_state)
-        ctx.save_for_backward(q, k, v, log_decay, starts)
+        updates = sweeps.updates(k, v)
+        out, final = sweeps.sweep(q, k, v, start=start, updates=updates, final=with_state)
+        ctx.save_for_backward(q, k, v, log_decay, start, *(updates or ()))
         ctx.sweeps = sweeps
         return out, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out, d_final):
-        q, k, v, g, starts = ctx.saved_tensors
+        q, k, v, g, start, *pieces = ctx.saved_tensors
         sweeps = ctx.sweeps
         d_out = torch.zeros_like(v) if d_out is None else rows(d_out)
         # The states run with the inputs here and with d_out below; each sweep scales what it reads, hence the division.
         d_final = None if d_final is None else d_final.float().contiguous() / sweeps.scale
         edges = sweeps.boundaries(q, v) if ctx.needs_input_grad[3] else None
-        dq, _ = sweeps.sweep(d_out, v, k, start=_mT(starts), keep=edges, mine=q)
-        ends = sweeps.starts(q, d_out, d_final, reverse=True)
-        dk, dv, d_start = sweeps.keys_and_values(q, k, v, d_out, start=ends, final=ctx.needs_input_grad[4], meet=edges)
+        behind = Updates(*pieces) if pieces else None
+        dq, _ = sweeps.sweep(d_out, v, k, start=_mT(start), updates=_mT(behind), keep=edges, mine=q)
+        how: Any = {"start": d_final, "updates": sweeps.updates(q, d_out, reverse=True), "meet": edges}
+        dk, dv, d_start = sweeps.keys_and_values(q, k, v, d_out, **how, final=ctx.needs_input_grad[4])
         dg = None
         if edges is not None:
             dg = decay_gradient(edges, sweeps.scale, sweeps.tiles.chunk, sweeps.sequences)

@@ -11,9 +11,8 @@ with the roles exchanged (Lightning Attention-2, arXiv:2401.04658, section 3.3):
     dq = sweep(do, v, k)            dk = sweep(v, do, q, reverse)
 
 A program owns one (piece of a sequence, head, slice of v's channels). It walks its chunks with the state [K, slice] in float32
-registers; nothing but q, k, v and out touches device memory. When sequences are too few to fill the GPU, each is cut into pieces,
-and the recurrence is solved twice: `_piece_updates` computes what each piece adds to the state, `_piece_starts` scans these over the
-pieces as if each were one token, and then all pieces are swept at once, each from its own start.
+registers; nothing but q, k, v and out touches device memory. When sequences are too few to fill the GPU, each is cut into pieces:
+`_piece_updates` first computes what each piece adds to the state, and a program starts from the sum of the pieces before its own.
 Who launches them, and with which sizes, is in `attnlab.kernels.decay_launch`.
 """
 
@@ -131,58 +130,13 @@ def _piece_updates(
 
 
 @triton.jit
-def _join(decay, update, decay_later, update_later):
-    """Two spans of tokens as one: its log decay, and what it adds to the state."""
-    return decay + decay_later, update * tl.exp(decay_later) + update_later
-
-
-@remembered
-@triton.jit
-def _piece_starts(
-    updates_ptr, start_ptr, sums_ptr, g_ptr, bounds_ptr, pieces_ptr, owner_ptr, starts_ptr, T, H, PIECES, piece,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
-    REVERSE: tl.constexpr, GATED: tl.constexpr, VARLEN: tl.constexpr, START: tl.constexpr,
-):  # fmt: skip
-    """The state that each piece starts from, [pieces, H, K V]; a program has BLOCK entries of one (sequence, head)."""
-    BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
-    i_h = tl.program_id(0) // BLOCKS % H
-    owner = tl.program_id(0) // BLOCKS // H
-    some_piece = tl.load(pieces_ptr + owner) if VARLEN else owner * PIECES
-    i_n, piece0, pieces, _, length = _place(some_piece, bounds_ptr, pieces_ptr, owner_ptr, T, PIECES, VARLEN)
-    at = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
-    inside = at < SIZE
-    g = 0.0 if GATED else tl.load(g_ptr + i_h)
-    state = tl.zeros([BLOCK], dtype=tl.float32)
-    if START:
-        state += tl.load(start_ptr + (i_n * H + i_h) * SIZE + at, mask=inside, other=0.0)
-    i_first = piece0 + pieces - 1 if REVERSE else piece0
-    tl.store(starts_ptr + (i_first * H + i_h).to(tl.int64) * SIZE + at, state, mask=inside)
-    for r0 in range(0, pieces - 1, GROUP):
-        r = r0 + tl.arange(0, GROUP)  # pieces in the order in which they are passed; nothing starts from the last
-        i_p = piece0 + (pieces - 1 - r if REVERSE else r)
-        known = r < pieces - 1
-        wide = known[:, None] & inside[None, :]
-        here = (i_p * H + i_h).to(tl.int64)
-        update = tl.load(updates_ptr + here[:, None] * SIZE + at[None, :], mask=wide, other=0.0)
-        if GATED:
-            decay = tl.load(sums_ptr + here, mask=known, other=0.0)
-        else:
-            decay = tl.where(known, tl.minimum(piece, length - (i_p - piece0) * piece) * g, 0.0)
-        decay, update = tl.associative_scan((tl.broadcast_to(decay[:, None], update.shape), update), 0, _join)
-        after = update + state[None, :] * tl.exp(decay)
-        later = (here - H if REVERSE else here + H)[:, None]
-        tl.store(starts_ptr + later * SIZE + at[None, :], after, mask=wide)
-        state = tl.sum(tl.where((tl.arange(0, GROUP) == GROUP - 1)[:, None], after, 0.0), 0)
-
-
-@triton.jit
 def _sweep(
-    program, q_ptr, k_ptr, v_ptr, g_ptr, out_ptr, start_ptr, final_ptr, bounds_ptr, pieces_ptr, owner_ptr,
+    program, q_ptr, k_ptr, v_ptr, g_ptr, out_ptr, start_ptr, updates_ptr, sums_ptr, final_ptr, bounds_ptr, pieces_ptr, owner_ptr,
     mine_ptr, chunks_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, PIECES, piece,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, mine_b, mine_t, mine_h, state_k, state_v, ends, meets,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     REVERSE: tl.constexpr, GATED: tl.constexpr, FAR: tl.constexpr, VARLEN: tl.constexpr, START: tl.constexpr, FINAL: tl.constexpr,
-    KEEP: tl.constexpr, MEET: tl.constexpr, DOT: tl.constexpr, HALF: tl.constexpr,
+    SPLIT: tl.constexpr, KEEP: tl.constexpr, MEET: tl.constexpr, DOT: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """One program's share. Where two sweeps run side by side, `ends` and `meets` say which of both FINAL and MEET are for."""
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -216,7 +170,20 @@ def _sweep(
 
     state = tl.zeros([BK, BV], dtype=tl.float32)
     if START:
-        state += tl.load(start_ptr + (i_p * H + i_h).to(tl.int64) * K * V + at_state, mask=in_state, other=0.0)
+        state += tl.load(start_ptr + (i_n * H + i_h) * K * V + at_state, mask=in_state, other=0.0)
+    if SPLIT:  # what the pieces passed before this one have written
+        passed = piece0 + pieces - 1 - i_p if REVERSE else i_p - piece0
+        reach = passed if GATED else _remembered(g, piece, passed)
+        if reach < passed:
+            state *= 0.0
+        for i in range(passed - reach, passed):
+            j = piece0 + (pieces - 1 - i if REVERSE else i)
+            if GATED:
+                decay = tl.load(sums_ptr + j * H + i_h)
+            else:
+                decay = tl.minimum(piece, length - (j - piece0) * piece) * g
+            at = updates_ptr + (j * H + i_h).to(tl.int64) * K * V + at_state
+            state = state * tl.exp(decay) + tl.load(at, mask=in_state, other=0.0)
 
     if REVERSE:
         seen = cs[:, None] <= cs[None, :]
@@ -272,31 +239,31 @@ def _sweep(
 @remembered
 @triton.jit
 def _single(
-    q_ptr, k_ptr, v_ptr, g_ptr, out_ptr, start_ptr, final_ptr, bounds_ptr, pieces_ptr, owner_ptr,
+    q_ptr, k_ptr, v_ptr, g_ptr, out_ptr, start_ptr, updates_ptr, sums_ptr, final_ptr, bounds_ptr, pieces_ptr, owner_ptr,
     mine_ptr, chunks_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, PIECES, piece,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, mine_b, mine_t, mine_h, state_k, state_v,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     REVERSE: tl.constexpr, GATED: tl.constexpr, FAR: tl.constexpr, VARLEN: tl.constexpr, START: tl.constexpr, FINAL: tl.constexpr,
-    KEEP: tl.constexpr, MEET: tl.constexpr, DOT: tl.constexpr, HALF: tl.constexpr,
+    SPLIT: tl.constexpr, KEEP: tl.constexpr, MEET: tl.constexpr, DOT: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """One sweep."""
     _sweep(
-        tl.program_id(0), q_ptr, k_ptr, v_ptr, g_ptr, out_ptr, start_ptr, final_ptr, bounds_ptr, pieces_ptr, owner_ptr,
+        tl.program_id(0), q_ptr, k_ptr, v_ptr, g_ptr, out_ptr, start_ptr, updates_ptr, sums_ptr, final_ptr, bounds_ptr, pieces_ptr, owner_ptr,
         mine_ptr, chunks_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, PIECES, piece,
         q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, mine_b, mine_t, mine_h, state_k, state_v, True, True,
-        K, V, BK, BV, C, REVERSE, GATED, FAR, VARLEN, START, FINAL, KEEP, MEET, DOT, HALF,
+        K, V, BK, BV, C, REVERSE, GATED, FAR, VARLEN, START, FINAL, SPLIT, KEEP, MEET, DOT, HALF,
     )  # fmt: skip
 
 
 @remembered
 @triton.jit
 def _twins(
-    q_ptr, k_ptr, v_ptr, do_ptr, g_ptr, dk_ptr, dv_ptr, start_ptr, final_ptr, bounds_ptr, pieces_ptr, owner_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, g_ptr, dk_ptr, dv_ptr, start_ptr, updates_ptr, sums_ptr, final_ptr, bounds_ptr, pieces_ptr, owner_ptr,
     chunks_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, PIECES, piece,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
     K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     GATED: tl.constexpr, FAR: tl.constexpr, VARLEN: tl.constexpr, START: tl.constexpr, FINAL: tl.constexpr,
-    MEET: tl.constexpr, DOT: tl.constexpr, HALF: tl.constexpr,
+    SPLIT: tl.constexpr, MEET: tl.constexpr, DOT: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """dv and dk at once, for K = V. Both read q, k, v and do: what a program of one loads, its neighbour of the other has in cache.
 
@@ -308,11 +275,11 @@ def _twins(
     _sweep(
         tl.program_id(0) // (2 * NV) * NV + pair % NV,
         tl.where(values, k_ptr, v_ptr), tl.where(values, q_ptr, do_ptr), tl.where(values, do_ptr, q_ptr), g_ptr,
-        tl.where(values, dv_ptr, dk_ptr), start_ptr, final_ptr, bounds_ptr, pieces_ptr, owner_ptr,
+        tl.where(values, dv_ptr, dk_ptr), start_ptr, updates_ptr, sums_ptr, final_ptr, bounds_ptr, pieces_ptr, owner_ptr,
         k_ptr, chunks_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, PIECES, piece,
         tl.where(values, k_b, v_b), tl.where(values, k_t, v_t), tl.where(values, k_h, v_h),
         tl.where(values, q_b, do_b), tl.where(values, q_t, do_t), tl.where(values, q_h, do_h),
         tl.where(values, do_b, q_b), tl.where(values, do_t, q_t), tl.where(values, do_h, q_h),
         k_b, k_t, k_h, tl.where(values, K, 1), tl.where(values, 1, K), values, values == 0,
-        K, K, BK, BV, C, True, GATED, FAR, VARLEN, START, FINAL, False, MEET, DOT, HALF,
+        K, K, BK, BV, C, True, GATED, FAR, VARLEN, START, FINAL, SPLIT, False, MEET, DOT, HALF,
     )  # fmt: skip

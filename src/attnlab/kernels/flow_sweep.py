@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from attnlab.kernels.decay_launch import Sweeps, tiles_for
+from attnlab.kernels.decay_launch import Sweeps, Updates, tiles_for
 from attnlab.kernels.dispatch import rows
 from attnlab.kernels.flow_gates import Gates, flow_gates
 from attnlab.kernels.flow_gradients import gradients
@@ -74,26 +74,32 @@ class CausalFlow(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         reads, writes, gates, end = flow_gates(q, k, eps, clamp, lay, start, with_state)
         sweeps = Sweeps(reads, _no_decay(q.shape[2], q.device), 1 / lay.lift, tiles_for(reads, v), lay.sequences)
-        starts = sweeps.starts(writes, v, memory)
-        out, final = sweeps.sweep(reads, writes, v, start=starts, final=with_state)
-        ctx.save_for_backward(q, k, v, starts, reads, writes, *gates)
+        updates = sweeps.updates(writes, v)
+        out, final = sweeps.sweep(reads, writes, v, start=memory, updates=updates, final=with_state)
+        ctx.save_for_backward(q, k, v, memory, reads, writes, *gates, *(updates or ()))
         ctx.clamp, ctx.lay, ctx.sweeps = clamp, lay, sweeps
         return out, end, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out, d_end, d_final):
-        q, k, v, starts, reads, writes, *gates = ctx.saved_tensors
+        q, k, v, memory, reads, writes, *saved = ctx.saved_tensors
+        held = len(Gates._fields)
+        gates, behind = Gates(*saved[:held]), Updates(*saved[held:]) if saved[held:] else None
         lay, sweeps = ctx.lay, ctx.sweeps
         d_out = torch.zeros_like(v, memory_format=torch.contiguous_format) if d_out is None else rows(d_out)
         d_final = None if d_final is None else d_final.contiguous() * lay.lift  # each sweep scales what it reads
-        d_reads, _ = sweeps.sweep(d_out, v, writes, start=None if starts is None else starts.mT)
-        ends = sweeps.starts(reads, d_out, d_final, reverse=True)
+        d_reads, _ = sweeps.sweep(d_out, v, writes, start=_mT(memory), updates=_mT(behind))
         wanted = ctx.needs_input_grad[3:5]
-        d_writes, dv, d_memory = sweeps.keys_and_values(reads, writes, v, d_out, start=ends, final=wanted[1])
-        dq, dk, d_start = gradients(q, k, Gates(*gates), ctx.clamp, lay, d_reads, d_writes, d_end, wanted[0])
+        how: Any = {"start": d_final, "updates": sweeps.updates(reads, d_out, reverse=True), "final": wanted[1]}
+        d_writes, dv, d_memory = sweeps.keys_and_values(reads, writes, v, d_out, **how)
+        dq, dk, d_start = gradients(q, k, gates, ctx.clamp, lay, d_reads, d_writes, d_end, wanted[0])
         d_memory = None if d_memory is None else d_memory / lay.lift
         return dq, dk, dv, d_start, d_memory, None, None, None, None
+
+
+def _mT(x):
+    return None if x is None else x.mT
 
 
 @functools.cache
