@@ -49,8 +49,8 @@ def tiles_for(q: Tensor, v: Tensor) -> Tiles:
     waves = 2 * multiprocessors(q.device)  # programs that run at once: two a multiprocessor
     if programs >= 1.5 * waves:
         return whole
-    # Too few to fill the GPU: cut into four full waves, or into one where pieces would fall below 1024 tokens.
-    wanted = max(min(4 * waves // programs, length // 1024), min(waves // programs, length // 128), 1)
+    # Too few to fill the GPU: cut into two full waves, or into one where pieces would fall below 1024 tokens.
+    wanted = max(min(2 * waves // programs, length // 1024), min(waves // programs, length // 128), 1)
     piece = Tiles(chunk, whole.slice, warps, stages, wanted).piece(length)
     return Tiles(chunk, whole.slice, warps, stages, cdiv(length, piece))
 
@@ -77,13 +77,8 @@ class Sweeps:
 
     def __init__(self, q: Tensor, log_decay: Tensor, scale: float, tiles: Tiles, sequences: Sequences) -> None:
         self.batch, self.length, self.heads = q.shape[:3]
-        self.device, self.log_decay, self.scale, self.tiles, self.sequences = (
-            q.device,
-            log_decay,
-            scale,
-            tiles,
-            sequences,
-        )
+        self.device, self.log_decay, self.scale = q.device, log_decay, scale
+        self.tiles, self.sequences = tiles, sequences
         piece = tiles.piece(self.length)
         parts, owner = sequences.cut(piece)
         self.count = sequences.count(self.batch)
@@ -103,9 +98,12 @@ class Sweeps:
         width, channels = k.shape[-1], v.shape[-1]
         states = torch.empty(self.pieces, self.heads, width, channels, device=self.device)
         sums = torch.empty(self.pieces, self.heads, device=self.device)
-        _piece_updates[self._grid(channels)](
+        slices = min(
+            self.tiles.slice, 32
+        )  # a long piece is one chain of small steps, and more programs are there to wait
+        _piece_updates[(self.pieces * self.heads * cdiv(channels, slices),)](
             k, v, self.log_decay, states, sums, *self.places, *self.sizes, *k.stride()[:3], *v.stride()[:3],
-            K=width, V=channels, BK=padded(width), BV=self.tiles.slice, REVERSE=reverse, FAR=_far(k, v), **self.constants,
+            K=width, V=channels, BK=padded(width), BV=slices, REVERSE=reverse, FAR=_far(k, v), **self.constants,
             num_warps=self.tiles.warps, num_stages=self.tiles.stages + 2,  # two blocks a chunk, not three: room for more
         )  # fmt: skip
         return Updates(states, sums)
