@@ -83,7 +83,7 @@ def test_the_record_says_where_it_comes_from(finished):
 
 
 def test_measured_files_exist():
-    assert all(records.digests(report.SOURCES).values())
+    assert all(records.digests(report.sources_of(OPERATORS)).values())
 
 
 def test_a_budget_stops_between_shapes_and_still_writes(tmp_path, capsys):
@@ -95,6 +95,8 @@ def test_a_budget_stops_between_shapes_and_still_writes(tmp_path, capsys):
     assert record["stopped"] in told
     assert "complete" not in told
     assert "linear_decay, lightning decay, attnlab: 2 of 2 shapes" in record["lacks"]
+    assert all(line.startswith("linear_decay, ") for line in record["lacks"])
+    assert set(record["sources"]) == set(report.SOURCES_OF["linear_decay"])
 
 
 def test_unknown_operators_are_refused(capsys):
@@ -307,12 +309,9 @@ def test_a_stopped_record_goes_on(finished, tmp_path):
     first = tmp_path / "first.json"
     kept = [row for row in whole["rows"] if row["operator"] != "scalar_gated"]
     first.write_text(json.dumps(whole | {"rows": kept}))
-    assert (
-        main(["--operators", "scalar_gated", "linear_decay", "--resume", str(first), "--out", str(tmp_path / "o.json")])
-        == 0
-    )
+    assert main(["--resume", str(first), "--out", str(tmp_path / "o.json")]) == 0
     record = json.loads((tmp_path / "o.json").read_text())
-    assert record["rows"][: len(kept)] == [{"commit": whole["commit"]} | row for row in kept]
+    assert record["rows"][: len(kept)] == kept
     assert {row["operator"] for row in record["rows"][len(kept) :]} == {"scalar_gated"}
     assert len(record["rows"]) == len(whole["rows"])
     assert record["command"].count("attnlab.kernels.bench") == 2
@@ -323,30 +322,40 @@ def test_an_operator_whose_code_changed_is_measured_anew(finished, tmp_path):
     first = tmp_path / "first.json"
     old = whole["sources"] | {"kernels/flow_gates.py": "other"}
     first.write_text(json.dumps(whole | {"sources": old, "commit": "older"}))
-    assert main(["--operators", "causal_flow", "--resume", str(first), "--out", str(tmp_path / "o.json")]) == 0
+    assert main(["--resume", str(first), "--out", str(tmp_path / "o.json"), "--commit", "newer"]) == 0
     rows = json.loads((tmp_path / "o.json").read_text())["rows"]
     assert len(rows) == len(whole["rows"])
-    assert {(row["operator"], row["impl"]) for row in rows if "commit" not in row} == {("causal_flow", "attnlab")}
-    assert {row["commit"] for row in rows if "commit" in row} == {"older"}
+    assert {(row["operator"], row["impl"]) for row in rows if row["commit"] == "newer"} == {("causal_flow", "attnlab")}
 
 
-def test_a_resumed_run_of_one_operator_tells_what_the_others_lack(finished, tmp_path, capsys):
-    """The budget had cut gates off; a later run of causal flow alone does not make the record whole."""
+def test_a_resumed_run_tells_what_it_still_lacks(finished, tmp_path, capsys):
+    """A budget had cut gates off, and cuts them off again."""
     whole, _ = finished
-    first, second, third = (tmp_path / f"{name}.json" for name in ("first", "second", "third"))
-    cut = [row for row in whole["rows"] if row["operator"] not in ("scalar_gated", "causal_flow")]
+    first, second = (tmp_path / f"{name}.json" for name in ("first", "second"))
+    cut = [row for row in whole["rows"] if row["operator"] != "scalar_gated"]
     first.write_text(json.dumps(whole | {"rows": cut, "stopped": "after 9 s, before scalar_gated, gates, TINY"}))
     gates = ["scalar_gated, gates, attnlab: 2 of 2 shapes", "scalar_gated, gates, torch parallel: 2 of 2 shapes"]
 
-    main(["--operators", "causal_flow", "--resume", str(first), "--out", str(second)])
+    main(["--resume", str(first), "--out", str(second), "--budget", "0"])
     record, told = json.loads(second.read_text()), capsys.readouterr().out
     assert record["lacks"] == gates
     assert "complete" not in told
     assert all(line in told for line in gates)
 
-    main(["--operators", "scalar_gated", "--resume", str(second), "--out", str(third)])
-    assert json.loads(third.read_text())["lacks"] == []
+    main(["--resume", str(second), "--out", str(second)])
+    assert json.loads(second.read_text())["lacks"] == []
     assert capsys.readouterr().out.endswith("complete\n")
+
+
+def test_rows_of_other_operators_are_refused(finished, tmp_path):
+    """What they depend on would not be in the record."""
+    whole, _ = finished
+    path = tmp_path / "whole.json"
+    path.write_text(json.dumps(whole))
+    with pytest.raises(
+        ValueError, match=r"whole\.json has rows of aaren_scan, linear_decay, scalar_gated; name all its"
+    ):
+        main(["--operators", "causal_flow", "--resume", str(path), "--out", str(tmp_path / "o.json")])
 
 
 def test_a_shape_that_nobody_measured_is_counted(finished):

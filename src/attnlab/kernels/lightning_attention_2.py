@@ -285,9 +285,10 @@ def tiles(length: int, chunk_size: int) -> list[dict[str, int]]:
 
 
 def kernel_source(name: str, first: str = "", last: str = "") -> Source:
-    """A function of the Triton kernel's file, or its lines from the one that starts with ``first`` to the one with ``last``.
+    """A function of the kernel's two files, or its lines from the one that starts with ``first`` to the one with ``last``.
 
-    The file is read, not imported: Triton exists for Linux alone, and its functions hide their source from ``inspect``.
+    ``decay_sweep.py`` runs on the GPU, ``decay_launch.py`` sends it there. They are read, not imported: Triton exists for Linux alone,
+    and its functions hide their source from ``inspect``.
 
     Args:
         name: such as ``_grow`` or ``LinearDecay.backward``.
@@ -297,19 +298,28 @@ def kernel_source(name: str, first: str = "", last: str = "") -> Source:
     Raises:
         ValueError: no such function, or a beginning that none of its lines has: the text would show something else.
     """
-    path = Path(__file__).with_name("decay_sweep.py")
-    text = path.read_text(encoding="utf-8")
-    node: ast.AST = ast.parse(text)
-    for part in name.split("."):
-        found = [child for child in ast.iter_child_nodes(node) if getattr(child, "name", None) == part]
-        if not found:
-            raise ValueError(f"name={name!r}: {path.name} has no such function")
-        node = found[0]
+    for file in ("decay_sweep.py", "decay_launch.py"):
+        text = Path(__file__).with_name(file).read_text(encoding="utf-8")
+        node = _within(ast.parse(text), name.split("."))
+        if node is not None:
+            break
+    else:
+        raise ValueError(f"name={name!r}: decay_sweep.py and decay_launch.py have no such function")
     assert isinstance(node, ast.FunctionDef | ast.ClassDef)
     lines = text.splitlines()[node.lineno - 1 : node.end_lineno]
     start = _line_that_starts(lines, first, 0, name)
     end = _line_that_starts(lines, last, start, name) if last else len(lines) - 1
     return Source(inspect.cleandoc("\n" + "\n".join(lines[start : end + 1])) + "\n")
+
+
+def _within(node: ast.AST, parts: list[str]) -> ast.AST | None:
+    """What goes by these names, each inside the one before; None if there is none."""
+    for part in parts:
+        inside = {getattr(child, "name", None): child for child in ast.iter_child_nodes(node)}
+        if part not in inside:
+            return None
+        node = inside[part]
+    return node
 
 
 def _line_that_starts(lines: list[str], beginning: str, after: int, name: str) -> int:
@@ -318,4 +328,4 @@ def _line_that_starts(lines: list[str], beginning: str, after: int, name: str) -
         here = lines[number : number + len(parts)]
         if all(line.lstrip().startswith(part) for line, part in zip(here, parts, strict=True)):
             return number
-    raise ValueError(f"no line of {name} starts with {beginning!r}; look at decay_sweep.py for how it reads now")
+    raise ValueError(f"no line of {name} starts with {beginning!r}; look there for how it reads now")

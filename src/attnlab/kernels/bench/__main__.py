@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # for peers that calculate in float32
     bandwidth = copy_bandwidth(device)
-    record = report.provenance(arguments, options.commit, bandwidth)
-    rows: list[Row] = report.resumed(options.resume, record) if options.resume else []
+    record = report.provenance(arguments, options.commit, bandwidth, options.operators)
+    rows: list[Row] = report.resumed(options.resume, record, options.operators) if options.resume else []
     done = {_problem(row) for row in rows}
     for case, shape, implementations in _plan(options.operators, device.type, options.quick):
         seconds = time.monotonic() - started
@@ -45,10 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             break
         missing = [x for x in implementations if (case.operator, case.name, str(shape), x.name) not in done]
         for row in _rows(case, shape, missing, device, bandwidth):
-            rows.append(row)
+            rows.append({"commit": record["commit"]} | row)
             print(f"{time.monotonic() - started:5.0f} s  {_progress(row)}", flush=True)
-        _write(options.out, record, rows, started, device.type)
-    lacks = _write(options.out, record, rows, started, device.type)
+        _write(options, record, rows, started, device.type)
+    lacks = _write(options, record, rows, started, device.type)
     print(
         f"\n{report.tables(rows)}\n\n{len(rows)} rows in {options.out}; {record.get('stopped', 'no budget in the way')}"
     )
@@ -56,19 +56,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _write(path: Path, record: Row, rows: list[Row], started: float, device: str) -> list[str]:
+def _write(options: argparse.Namespace, record: Row, rows: list[Row], started: float, device: str) -> list[str]:
     """The record so far, with what it still lacks."""
-    lacks = lacking(rows, device)
-    lab.write_json(path, record | {"lacks": lacks, "seconds": time.monotonic() - started, "rows": rows})
+    lacks = lacking(rows, device, options.operators)
+    lab.write_json(options.out, record | {"lacks": lacks, "seconds": time.monotonic() - started, "rows": rows})
     return lacks
 
 
-def lacking(rows: Sequence[Row], device: str) -> list[str]:
-    """What the registry wants and no row tells of, whichever operators this or an earlier command was asked for."""
+def lacking(rows: Sequence[Row], device: str, operators: Sequence[str] = OPERATORS) -> list[str]:
+    """What the registry wants of these operators and no row tells of."""
     done = {_problem(row) for row in rows}
     wanted = [
         ((case.operator, case.name, x.name), str(shape))
-        for case, shape, implementations in _plan(OPERATORS, device, quick=False)
+        for case, shape, implementations in _plan(operators, device, quick=False)
         for x in implementations
     ]
     whole = Counter(who for who, _ in wanted)

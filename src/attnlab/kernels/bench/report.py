@@ -35,7 +35,11 @@ SOURCES_OF = {
         "causal_flow": (*_SWEEPS, "causal_flow", "flow_gates", "flow_gradients", "flow_sweep", "flow_walks"),
     }.items()
 }
-SOURCES = tuple(sorted({name for names in SOURCES_OF.values() for name in names}))
+
+
+def sources_of(operators: Sequence[str]) -> list[str]:
+    """The files that the rows of these operators depend on."""
+    return sorted({name for operator in operators for name in SOURCES_OF[operator]})
 
 
 def _in_records(arguments: Sequence[str]) -> list[str]:
@@ -47,12 +51,15 @@ def _in_records(arguments: Sequence[str]) -> list[str]:
     ]
 
 
-def provenance(arguments: Sequence[str], commit: str | None, bandwidth: float) -> dict[str, Any]:
+def provenance(
+    arguments: Sequence[str], commit: str | None, bandwidth: float, operators: Sequence[str]
+) -> dict[str, Any]:
     """Everything of the record but its rows: what was run, when, where, and with which versions.
 
     Args:
         commit: of the code, where there is no repository to ask; none: ask.
         bandwidth: bytes a second that the memory copies.
+        operators: what is measured; the record is as old as the code of these, whatever becomes of the others.
     """
     others = {name: _version(name) for name in ("triton", "flash-linear-attention")}
     return {
@@ -68,17 +75,17 @@ def provenance(arguments: Sequence[str], commit: str | None, bandwidth: float) -
             "measure_ms": MEASURE_MS,
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
         },
-        "sources": records.digests(SOURCES),
+        "sources": records.digests(sources_of(operators)),
     }
 
 
-def resumed(path: Path, record: dict[str, Any]) -> list[Row]:
+def resumed(path: Path, record: dict[str, Any], operators: Sequence[str]) -> list[Row]:
     """The rows of an earlier record that still hold, each with its commit; `record` then names the earlier command too.
 
     Of an operator whose code has changed our rows are left out, to be measured anew; what peers took is as it was.
 
     Raises:
-        ValueError: a record of another GPU, other versions or settings: its rows do not belong beside new ones.
+        ValueError: a record of another GPU, other versions, settings or operators: its rows do not belong beside new ones.
     """
     earlier = json.loads(path.read_text(encoding="utf-8"))
     for name in ("versions", "settings"):
@@ -86,7 +93,9 @@ def resumed(path: Path, record: dict[str, Any]) -> list[Row]:
             raise ValueError(f"--resume: {path.name} has other {name}; measure everything again")
     if earlier["machine"]["gpu"] != record["machine"]["gpu"]:
         raise ValueError(f"--resume: {path.name} was made on {earlier['machine']['gpu']}; measure everything again")
-    kept = [operator for operator, files in SOURCES_OF.items() if _same(files, earlier["sources"], record["sources"])]
+    if others := {row["operator"] for row in earlier["rows"]} - set(operators):
+        raise ValueError(f"--resume: {path.name} has rows of {', '.join(sorted(others))}; name all its --operators")
+    kept = [operator for operator in operators if _same(SOURCES_OF[operator], earlier["sources"], record["sources"])]
     record["command"] = f"{earlier['command']}; {record['command']}"
     return [
         {"commit": earlier["commit"]} | row for row in earlier["rows"] if row["operator"] in kept or row["impl"] != OURS
