@@ -101,3 +101,7 @@ def test_what_is_no_record_is_named(write, tmp_path: Path) -> None:
 def test_the_records_of_this_checkout_are_readable() -> None:
     for path in records.FOLDER.glob("*.json"):
         assert records.load(path.stem) is not None
+
+
+def test_cells_that_no_table_breaks():
+    assert records.unbroken(["0.36", "1.41"]) == "0.36\N{NARROW NO-BREAK SPACE}/\N{NARROW NO-BREAK SPACE}1.41"

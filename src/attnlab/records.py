@@ -75,6 +75,11 @@ class Record:
         return [name for name, digest in digests(self.sources).items() if digest != self.sources[name]]
 
 
+def unbroken(cells: Iterable[str]) -> str:
+    """Texts with a slash between them, such as times forward and with backward, as one that no table breaks over lines."""
+    return "\u202f/\u202f".join(cells)
+
+
 def load(name: str, folder: Path | None = None) -> Record | None:
     """The record ``<folder>/<name>.json``, or None where there is none (an installation without ``records/``, or not made yet).
 
