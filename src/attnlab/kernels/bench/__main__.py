@@ -1,4 +1,7 @@
-"""Time the kernels against their peers and write one record: ``python -m attnlab.kernels.bench --out records/linear-kernels-h200.json``.
+"""Time kernels against their peers and write one record.
+
+``python -m attnlab.kernels.bench --operators linear_decay scalar_gated --out records/linear-kernels-h200.json``: a page reads a
+record of its own operators, which is as old as their code alone.
 
 On a GPU: 65,536 tokens in bfloat16 (the Aaren scan also half a million), sequences of 1k to 64k tokens, three sets of
 heads, forward alone and with backward. Without a GPU tiny shapes run through the torch forms, to try out the machinery.
