@@ -33,7 +33,7 @@ HEAD_DECAYS = (-0.01, -0.5)
 
 @dataclass(frozen=True)
 class Case:
-    """One launch: B T H=2 K V, chunks of 16, slices of V, pieces a sequence, and what is switched on."""
+    """One launch: B T H=2 K V, chunks of 16, slices of V, pieces a sequence, parts a piece, and what is switched on."""
 
     length: int = 37
     batch: int = 2
@@ -41,6 +41,7 @@ class Case:
     values: int = 20
     slice: int = 16
     pieces: int = 1
+    parts: int = 1
     gated: bool = False
     state: bool = False
     bounds: tuple[int, ...] | None = None  # of packed sequences
@@ -48,7 +49,7 @@ class Case:
 
     @property
     def tiles(self) -> Tiles:
-        return Tiles(chunk=16, slice=self.slice, warps=4, stages=1, pieces=self.pieces)
+        return Tiles(chunk=16, slice=self.slice, warps=4, stages=1, pieces=self.pieces, parts=self.parts)
 
     @property
     def packing(self) -> Sequences:
@@ -71,6 +72,9 @@ CASES = {
     "packed, in pieces, gates, state": Case(
         length=150, batch=1, pieces=4, bounds=(0, 1, 49, 145, 150), gated=True, state=True
     ),
+    "three pieces of three parts, state": Case(length=278, batch=1, pieces=3, parts=3, state=True),
+    "two pieces of two parts, gates": Case(length=100, pieces=2, parts=2, gated=True, state=True),
+    "packed, in pieces of two parts": Case(length=200, batch=1, pieces=3, parts=2, bounds=(0, 7, 130, 200), state=True),
     "forty pieces": Case(length=640, batch=1, pieces=40, gated=True, state=True),
     "packed": Case(length=90, batch=1, bounds=(0, 7, 50, 90)),
     "packed, gates, state": Case(length=90, batch=1, bounds=(0, 1, 17, 81, 90), gated=True, state=True),
@@ -225,9 +229,9 @@ def test_the_chosen_pieces_all_have_tokens(monkeypatch):
     monkeypatch.setattr(decay_launch, "multiprocessors", lambda device: 132)
     for length, heads in product([1, 100, 1024, 4097, 37_000, 65_000, 65_536], [1, 2, 8, 16, 500]):
         x = torch.empty(1, length, heads, 64, dtype=torch.bfloat16, device="meta")
-        tiles = tiles_for(x, x)
-        piece = tiles.piece(length)
-        assert piece % tiles.chunk == 0
+        tiles = tiles_for(x, x, forgets=True)
+        part, piece = tiles.part(length), tiles.piece(length)
+        assert part % tiles.chunk == piece % part == 0
         assert (tiles.pieces - 1) * piece < length <= tiles.pieces * piece, f"T={length} H={heads}: {tiles}"
 
 

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnlab.kernels.dispatch import cdiv
 from attnlab.kernels.launch import remembered
 from attnlab.kernels.packed import Sequences
 
@@ -28,10 +29,11 @@ from attnlab.kernels.packed import Sequences
 @triton.jit
 def _suffix_sums(
     reads_ptr, writes_ptr, products_ptr, out_ptr, bounds_ptr, chunks_ptr, owner_ptr, scale, T, H,
-    NV: tl.constexpr, C: tl.constexpr, VARLEN: tl.constexpr,
+    NV: tl.constexpr, C: tl.constexpr, BH: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """One program a (chunk, head)."""
-    slot, i_h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    """One program a (chunk, block of heads)."""
+    blocks = tl.cdiv(H, BH)
+    slot, hs = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BH + tl.arange(0, BH)
     if VARLEN:
         i_n = tl.load(owner_ptr + slot)
         last = tl.load(bounds_ptr + i_n + 1)
@@ -42,16 +44,16 @@ def _suffix_sums(
         i_b = slot // chunks
         last = T
         t = slot % chunks * C + tl.arange(0, C)
-    inside = t < last
-    token = (i_b * T + t) * H + i_h
-    row = tl.zeros([C], dtype=tl.float32)
-    behind = 0.0
+    inside = (t < last)[:, None] & (hs < H)[None, :]
+    at = (i_b * T + t)[:, None] * H + hs[None, :]
+    row = tl.zeros([C, BH], dtype=tl.float32)
+    behind = tl.zeros([BH], dtype=tl.float32)
     for i_v in range(NV):
-        row += tl.load(reads_ptr + token * NV + i_v, mask=inside, other=0.0)
-        row -= tl.load(writes_ptr + token * NV + i_v, mask=inside, other=0.0)
-        behind += tl.load(products_ptr + (slot * H + i_h) * NV + i_v)
-    later = tl.sum(row, 0) - tl.cumsum(row, 0) + row  # over t >= s
-    tl.store(out_ptr + token, later + scale * behind, mask=inside)
+        row += tl.load(reads_ptr + at * NV + i_v, mask=inside, other=0.0)
+        row -= tl.load(writes_ptr + at * NV + i_v, mask=inside, other=0.0)
+        behind += tl.load(products_ptr + (slot * H + hs) * NV + i_v, mask=hs < H, other=0.0)
+    later = tl.sum(row, 0)[None, :] - tl.cumsum(row, 0) + row  # over t >= s
+    tl.store(out_ptr + at, later + scale * behind[None, :], mask=inside)
 
 
 class Boundaries(NamedTuple):
@@ -93,8 +95,9 @@ def decay_gradient(edges: Boundaries, scale: float, chunk: int, sequences: Seque
     batch, length, heads, slices = edges.reads.shape
     out = torch.empty(batch, length, heads, device=edges.reads.device)
     parts, owner = sequences.cut(chunk)
-    _suffix_sums[(len(edges.products) * heads,)](
+    block = min(16, triton.next_power_of_2(heads))  # neighbours in memory
+    _suffix_sums[(len(edges.products) * cdiv(heads, block),)](
         edges.reads, edges.writes, edges.products, out, sequences.packed, parts.packed, owner, scale, length, heads,
-        NV=slices, C=chunk, VARLEN=owner is not None, num_warps=1,
+        NV=slices, C=chunk, BH=block, VARLEN=owner is not None, num_warps=4,
     )  # fmt: skip
     return out

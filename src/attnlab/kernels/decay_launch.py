@@ -6,7 +6,7 @@ are cut into pieces cost two more, and a decay that learns one (`attnlab.kernels
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,21 +21,30 @@ from attnlab.kernels.packed import Sequences
 
 @dataclass(frozen=True)
 class Tiles:
-    """Sizes of one launch: chunk length, width of a slice of v, warps, pipeline stages, pieces a row is cut into."""
+    """Sizes of one launch: chunk length, width of a slice of v, warps, pipeline stages, pieces a row is cut into, parts of a piece."""
 
     chunk: int
     slice: int
     warps: int
     stages: int
     pieces: int = 1
+    parts: int = 1
+
+    def part(self, length: int) -> int:
+        """Tokens a part of rows of this length: whole chunks, so that only the last part of a sequence is ragged."""
+        return cdiv(length, self.pieces * self.parts * self.chunk) * self.chunk
 
     def piece(self, length: int) -> int:
-        """Tokens a piece of rows of this length: whole chunks, so that only the last piece of a sequence is ragged."""
-        return cdiv(cdiv(length, self.pieces), self.chunk) * self.chunk
+        """Tokens a piece of rows of this length."""
+        return self.parts * self.part(length)
 
 
-def tiles_for(q: Tensor, v: Tensor) -> Tiles:
-    """Sizes that were fastest on an H200 (`python -m attnlab.kernels.bench` measures them)."""
+def tiles_for(q: Tensor, v: Tensor, *, forgets: bool) -> Tiles:
+    """Sizes that were fastest on an H200 (`python -m attnlab.kernels.bench` measures them).
+
+    Args:
+        forgets: whether heads have a decay each, so that most of them read one part of those before their piece.
+    """
     batch, length, heads, width = q.shape
     widest = max(width, v.shape[-1])  # the backward sweeps exchange the two
     if q.dtype == torch.float32:
@@ -51,12 +60,13 @@ def tiles_for(q: Tensor, v: Tensor) -> Tiles:
         return whole
     # Too few to fill the GPU: cut into two full waves, or into one where pieces would fall below 1024 tokens.
     wanted = max(min(2 * waves // programs, length // 1024), min(waves // programs, length // 128), 1)
-    piece = Tiles(chunk, whole.slice, warps, stages, wanted).piece(length)
-    return Tiles(chunk, whole.slice, warps, stages, cdiv(length, piece))
+    # The first pass waits for its longest chain of steps, a part; who comes behind has to read all parts that it remembers.
+    cut = replace(whole, pieces=wanted, parts=max(length // wanted // 2048, 1) if forgets else 1)
+    return replace(cut, pieces=cdiv(length, cut.piece(length)))
 
 
 class Updates(NamedTuple):
-    """What every piece of a sequence alone adds to the state: [pieces, H, K, V], and its total log decay [pieces, H] with gates."""
+    """What every part of a piece alone adds to the state: [parts, H, K, V], and its total log decay [parts, H] with gates."""
 
     states: Tensor
     sums: Tensor
@@ -79,30 +89,36 @@ class Sweeps:
         self.batch, self.length, self.heads = q.shape[:3]
         self.device, self.log_decay, self.scale = q.device, log_decay, scale
         self.tiles, self.sequences = tiles, sequences
-        piece = tiles.piece(self.length)
-        parts, owner = sequences.cut(piece)
+        self.piece, self.part = tiles.piece(self.length), tiles.part(self.length)
+        pieces, owner = sequences.cut(self.piece)
         self.count = sequences.count(self.batch)
-        self.pieces = self.batch * parts.bounds[-1]  # of all sequences
-        self.places = (sequences.packed, parts.packed, owner)
-        self.sizes = (self.length, self.heads, parts.bounds[-1], piece)
+        self.pieces = self.batch * pieces.bounds[-1]  # of all sequences
+        self.places = (sequences.packed, pieces.packed, owner)
+        self.parts, self.part_owner = sequences.cut(self.part) if self.split else (sequences, None)
+        self.sizes = (self.length, self.heads, pieces.bounds[-1], self.piece, self.part)
         self.constants = {
             "C": tiles.chunk, "GATED": log_decay.dim() == 3, "VARLEN": owner is not None, "DOT": dot_precision(q),
         }  # fmt: skip
         self.launch = {"num_warps": tiles.warps, "num_stages": tiles.stages}
         self.half = q.dtype != torch.float32 and q.is_cuda  # the interpreter's bfloat16 is wrong
 
+    @property
+    def split(self) -> bool:
+        """Whether some sequence has several pieces."""
+        return self.pieces > self.count
+
     def updates(self, k: Tensor, v: Tensor, *, reverse: bool = False) -> Updates | None:
         """The first pass over sequences that are cut into pieces; None where they are not."""
-        if self.pieces == self.count:
+        if not self.split:
             return None
         width, channels = k.shape[-1], v.shape[-1]
-        states = torch.empty(self.pieces, self.heads, width, channels, device=self.device)
-        sums = torch.empty(self.pieces, self.heads, device=self.device)
-        slices = min(
-            self.tiles.slice, 32
-        )  # a long piece is one chain of small steps, and more programs are there to wait
-        _piece_updates[(self.pieces * self.heads * cdiv(channels, slices),)](
-            k, v, self.log_decay, states, sums, *self.places, *self.sizes, *k.stride()[:3], *v.stride()[:3],
+        parts = self.parts.bounds[-1]
+        states = torch.empty(self.batch * parts, self.heads, width, channels, device=self.device)
+        sums = torch.empty(self.batch * parts, self.heads, device=self.device)
+        slices = min(self.tiles.slice, 32)  # a part is one chain of small steps, and more programs are there to wait
+        _piece_updates[(len(sums) * self.heads * cdiv(channels, slices),)](
+            k, v, self.log_decay, states, sums, self.sequences.packed, self.parts.packed, self.part_owner,
+            self.length, self.heads, parts, self.part, self.piece, *k.stride()[:3], *v.stride()[:3],
             K=width, V=channels, BK=padded(width), BV=slices, REVERSE=reverse, FAR=_far(k, v), **self.constants,
             num_warps=self.tiles.warps, num_stages=self.tiles.stages + 2,  # two blocks a chunk, not three: room for more
         )  # fmt: skip
@@ -136,7 +152,7 @@ class Sweeps:
         edge = keep or meet
         behind = (*edge[:3], edge.reads if keep else edge.writes) if edge else (None, None, None, None)
         _single[self._grid(channels)](
-            q, k, v, self.log_decay, out, start, *(updates or (None, None)), last, *self.places, mine, *behind, self.scale,
+            q, k, v, self.log_decay, out, start, *(updates or (None, None)), last, *self.places, self.parts.packed, mine, *behind, self.scale,
             *self.sizes, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *(q if mine is None else mine).stride()[:3], *layout,
             K=width, V=channels, BK=padded(width), BV=self.tiles.slice, REVERSE=reverse, FAR=_far(q, k, v),
             START=start is not None, FINAL=final, SPLIT=updates is not None, KEEP=keep is not None, MEET=meet is not None,
@@ -157,7 +173,7 @@ class Sweeps:
         meet: Boundaries | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """dk, dv and, if `final`, the state [N, H, K, V] before the first token, from the right."""
-        if k.shape[-1] != v.shape[-1]:
+        if k.shape[-1] != v.shape[-1] or meet is not None:  # the meeting needs the registers of both
             back: Any = {"reverse": True, "start": start, "updates": updates}
             dv, first = self.sweep(k, q, d_out, **back, final=final)
             return (
@@ -168,12 +184,11 @@ class Sweeps:
         width = k.shape[-1]
         dk, dv = torch.empty(k.shape, dtype=k.dtype, device=self.device), torch.empty_like(d_out)
         first = torch.empty(self.count, self.heads, width, width, device=self.device) if final else None
-        behind = (*meet[:3], meet.writes) if meet else (None, None, None, None)
         _twins[(2 * self._grid(width)[0],)](
-            q, k, v, d_out, self.log_decay, dk, dv, start, *(updates or (None, None)), first, *self.places, *behind, self.scale,
+            q, k, v, d_out, self.log_decay, dk, dv, start, *(updates or (None, None)), first, *self.places, self.parts.packed, self.scale,
             *self.sizes, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3],
             K=width, BK=padded(width), BV=self.tiles.slice, FAR=_far(q, k, v, d_out),
-            START=start is not None, FINAL=final, SPLIT=updates is not None, MEET=meet is not None,
+            START=start is not None, FINAL=final, SPLIT=updates is not None,
             HALF=self.half, **self.constants, **self.launch,
         )  # fmt: skip
         return dk, dv, first

@@ -27,17 +27,18 @@ FORGOTTEN: tl.constexpr = tl.constexpr(20.0)  # exp(-20) = 2e-9: what has decaye
 
 
 @triton.jit
-def _place(i_p, bounds_ptr, pieces_ptr, owner_ptr, T, PIECES, VARLEN: tl.constexpr):
-    """Of piece i_p: its sequence, the first piece and the number of pieces of that, the sequence's first token and its length."""
+def _place(slot, bounds_ptr, slots_ptr, owner_ptr, T, SLOTS, size, VARLEN: tl.constexpr):
+    """Of a piece or part of `size` tokens, numbered through all sequences: its sequence, the first token of that and its length,
+    and where the piece begins in it.
+    """
     if VARLEN:
-        i_n = tl.load(owner_ptr + i_p)
-        piece0 = tl.load(pieces_ptr + i_n)
+        i_n = tl.load(owner_ptr + slot)
         begin = tl.load(bounds_ptr + i_n)
-        pieces, length = tl.load(pieces_ptr + i_n + 1) - piece0, tl.load(bounds_ptr + i_n + 1) - begin
-        return i_n.to(tl.int64), piece0, pieces, begin.to(tl.int64), length
+        length = tl.load(bounds_ptr + i_n + 1) - begin
+        return i_n.to(tl.int64), begin.to(tl.int64), length, (slot - tl.load(slots_ptr + i_n)) * size
     else:
-        i_n = (i_p // PIECES).to(tl.int64)
-        return i_n, i_p // PIECES * PIECES, PIECES, i_n * 0, T
+        i_n = (slot // SLOTS).to(tl.int64)
+        return i_n, i_n * 0, T, slot % SLOTS * size
 
 
 @triton.jit
@@ -78,12 +79,12 @@ def _remembered(g, length, steps):
 @remembered
 @triton.jit
 def _piece_updates(
-    k_ptr, v_ptr, g_ptr, updates_ptr, sums_ptr, bounds_ptr, pieces_ptr, owner_ptr,
-    T, H, PIECES, piece, k_b, k_t, k_h, v_b, v_t, v_h,
+    k_ptr, v_ptr, g_ptr, updates_ptr, sums_ptr, bounds_ptr, parts_ptr, owner_ptr,
+    T, H, PARTS, part, piece, k_b, k_t, k_h, v_b, v_t, v_h,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     REVERSE: tl.constexpr, GATED: tl.constexpr, FAR: tl.constexpr, VARLEN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """What each piece alone adds to the state, [pieces, H, K, V]; with gates also its total log decay, [pieces, H].
+    """What each part of a piece alone adds to the state, [parts, H, K, V]; with gates also its total log decay, [parts, H].
 
     Nobody reads those of the piece that is passed last, so they are not written.
     """
@@ -92,22 +93,24 @@ def _piece_updates(
     i_v = tl.program_id(0) % NV
     i_p = tl.program_id(0) // NV % count
     rank = tl.program_id(0) // NV // count
-    i_h = tl.where(
-        rank % 2 == 0, rank // 2, H - 1 - rank // 2
-    )  # the head that remembers longest is the first or the last: early
-    i_n, piece0, pieces, begin, length = _place(i_p, bounds_ptr, pieces_ptr, owner_ptr, T, PIECES, VARLEN)
-    if i_p == (piece0 if REVERSE else piece0 + pieces - 1):
+    # the head that remembers longest is the first or the last: early
+    i_h = tl.where(rank % 2 == 0, rank // 2, H - 1 - rank // 2)
+    i_n, begin, length, first = _place(i_p, bounds_ptr, parts_ptr, owner_ptr, T, PARTS, part, VARLEN)
+    if first < piece if REVERSE else first >= (tl.cdiv(length, piece) - 1) * piece:
         return
-    first = (i_p - piece0) * piece
-    last = tl.minimum(first + piece, length)
+    last = tl.minimum(first + part, length)
+    g = 0.0 if GATED else tl.load(g_ptr + i_h)  # a load inside the loop would cost its latency in every chunk
+    if not GATED:  # nor those that are forgotten before the next piece begins
+        between = first % piece // part if REVERSE else (piece - first % piece) // part - 1
+        if between >= _remembered(g, part, between + 1):
+            return
     ks, vs, cs = tl.arange(0, BK), i_v * BV + tl.arange(0, BV), tl.arange(0, C)
     in_k, in_v = ks < K, vs < V
     row = begin * 0 if VARLEN else i_n
     k_ptr += row * k_b + begin * k_t + i_h * k_h
     v_ptr += row * v_b + begin * v_t + i_h * v_h
-    g_ptr += (row * T + begin) * H + i_h if GATED else i_h
+    g_ptr += (row * T + begin) * H + i_h
     chunks = tl.cdiv(last - first, C)
-    g = 0.0 if GATED else tl.load(g_ptr)  # a load inside the loop would cost its latency in every chunk
     needed = chunks if GATED else _remembered(g, C, chunks)
     state = tl.zeros([BK, BV], dtype=tl.float32)
     passed = 0.0
@@ -132,25 +135,23 @@ def _piece_updates(
 @triton.jit
 def _sweep(
     program, q_ptr, k_ptr, v_ptr, g_ptr, out_ptr, start_ptr, updates_ptr, sums_ptr, final_ptr, bounds_ptr, pieces_ptr, owner_ptr,
-    mine_ptr, chunks_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, PIECES, piece,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, mine_b, mine_t, mine_h, state_k, state_v, ends, meets,
+    parts_ptr, mine_ptr, chunks_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, PIECES, piece, part,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, mine_b, mine_t, mine_h, state_k, state_v, ends,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     REVERSE: tl.constexpr, GATED: tl.constexpr, FAR: tl.constexpr, VARLEN: tl.constexpr, START: tl.constexpr, FINAL: tl.constexpr,
     SPLIT: tl.constexpr, KEEP: tl.constexpr, MEET: tl.constexpr, DOT: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """One program's share. Where two sweeps run side by side, `ends` and `meets` say which of both FINAL and MEET are for."""
+    """One program's share. Where two sweeps run side by side, `ends` says which of both FINAL is for."""
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = program % NV
     i_h = program // NV % H
     i_p = program // NV // H
-    i_n, piece0, pieces, begin, length = _place(i_p, bounds_ptr, pieces_ptr, owner_ptr, T, PIECES, VARLEN)
-    first = (i_p - piece0) * piece
+    if SPLIT and not REVERSE:  # first those who have the most to read before they start
+        i_p = tl.num_programs(0) // NV // H - 1 - i_p
+    i_n, begin, length, first = _place(i_p, bounds_ptr, pieces_ptr, owner_ptr, T, PIECES, piece, VARLEN)
     last = tl.minimum(first + piece, length)
     row = begin * 0 if VARLEN else i_n
     token = row * T + begin  # of the sequence's first, through all rows
-    chunk0 = (
-        begin // C + i_n if VARLEN else i_n * tl.cdiv(T, C)
-    )  # numbers of chunks through all sequences, for KEEP and MEET
 
     ks, vs, cs = tl.arange(0, BK), i_v * BV + tl.arange(0, BV), tl.arange(0, C)
     in_k, in_v = ks < K, vs < V
@@ -171,38 +172,47 @@ def _sweep(
     state = tl.zeros([BK, BV], dtype=tl.float32)
     if START:
         state += tl.load(start_ptr + (i_n * H + i_h) * K * V + at_state, mask=in_state, other=0.0)
-    if SPLIT:  # what the pieces passed before this one have written
-        passed = piece0 + pieces - 1 - i_p if REVERSE else i_p - piece0
-        reach = passed if GATED else _remembered(g, piece, passed)
+    if SPLIT:  # what the parts passed before this piece have written
+        part0 = tl.load(parts_ptr + i_n) if VARLEN else (i_n * tl.cdiv(T, part)).to(tl.int32)
+        parts = tl.cdiv(length, part)
+        passed = tl.maximum(parts - (first + piece) // part, 0) if REVERSE else first // part
+        reach = passed if GATED else _remembered(g, part, passed)
         if reach < passed:
             state *= 0.0
         for i in range(passed - reach, passed):
-            j = piece0 + (pieces - 1 - i if REVERSE else i)
+            j = parts - 1 - i if REVERSE else i
             if GATED:
-                decay = tl.load(sums_ptr + j * H + i_h)
+                decay = tl.load(sums_ptr + (part0 + j) * H + i_h)
             else:
-                decay = tl.minimum(piece, length - (j - piece0) * piece) * g
-            at = updates_ptr + (j * H + i_h).to(tl.int64) * K * V + at_state
+                decay = tl.minimum(part, length - j * part) * g
+            at = updates_ptr + ((part0 + j) * H + i_h).to(tl.int64) * K * V + at_state
             state = state * tl.exp(decay) + tl.load(at, mask=in_state, other=0.0)
 
     if REVERSE:
         seen = cs[:, None] <= cs[None, :]
     else:
         seen = cs[:, None] >= cs[None, :]
-    chunks = tl.cdiv(tl.maximum(last - first, 0), C)
+    chunks = tl.cdiv(last - first, C)
     ahead = _gates(g_ptr, first + ((chunks - 1) * C if REVERSE else 0) + cs, first, last, H, GATED)
+    if KEEP or MEET:  # numbers of (chunk, head), through all sequences: states behind chunks, for a decay that learns
+        edge = (chunk0 + first // C + (chunks - 1 if REVERSE else 0)) * H + i_h
+        at_kept = ks[:, None] * V + vs[None, :]
+    if MEET:
+        kept = tl.load(kept_ptr + edge * K * V + at_kept, mask=in_state, other=0.0)
+        tl.store(products_ptr + edge * NV + i_v, tl.sum(kept.to(tl.float32) * state))
     for i in range(chunks):
         c0 = first + ((chunks - 1 - i) if REVERSE else i) * C
         t = (c0 + cs).to(tl.int64) if FAR else c0 + cs
         inside = t < last
         b, total = _running_decay(ahead if GATED else g, tl.minimum(last - c0, C), GATED, C)
         ahead = _gates(g_ptr, t - C if REVERSE else t + C, first, last, H, GATED)
-        if KEEP or MEET:  # behind this chunk, for a decay that learns
-            boundary = (chunk0 + c0 // C) * H + i_h
-            at_boundary = kept_ptr + boundary * K * V + ks[:, None] * V + vs[None, :]
+        wide = inside[:, None] & in_v[None, :]
+        if KEEP or MEET:  # for the end of this step: nobody waits for them
+            mine = tl.load(mine_ptr + t[:, None] * mine_t + vs[None, :], mask=wide, other=0.0)
         if MEET:
-            kept = tl.load(at_boundary, mask=in_state & meets, other=0.0)
-            tl.store(products_ptr + boundary * NV + i_v, tl.sum(kept.to(tl.float32) * state), mask=meets)
+            edge -= H
+            more = i + 1 < chunks
+            kept = tl.load(kept_ptr + edge * K * V + at_kept, mask=in_state & more, other=0.0)
         q = tl.load(q_ptr + t[:, None] * q_t + ks[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)
         k = tl.load(k_ptr + t[:, None] * k_t + ks[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)
         v = tl.load(v_ptr + t[:, None] * v_t + vs[None, :], mask=inside[:, None] & in_v[None, :], other=0.0)
@@ -219,20 +229,19 @@ def _sweep(
         else:
             out = tl.dot(q.to(tl.float32), state, input_precision=DOT)
         scores = tl.dot(q, tl.trans(k), input_precision=DOT)
-        state = _grow(
-            state, k, written, total, DOT
-        )  # before the outputs are ready: the tensor cores need not wait for weights
+        state = _grow(state, k, written, total, DOT)  # before the outputs: tensor cores need not wait for weights
         out = tl.dot((scores * weight).to(v.dtype), v, out * (scale * read)[:, None], input_precision=DOT)
-        wide = inside[:, None] & in_v[None, :]
         tl.store(out_ptr + t[:, None] * (H * V) + vs[None, :], out.to(out_ptr.dtype.element_ty), mask=wide)
         if KEEP or MEET:
-            learns = wide & meets if MEET else wide
-            mine = tl.load(mine_ptr + t[:, None] * mine_t + vs[None, :], mask=learns, other=0.0).to(tl.float32)
-            tl.store(rows_ptr + ((token + t) * H + i_h) * NV + i_v, tl.sum(mine * out, 1), mask=inside & meets)
+            sums = tl.sum(mine.to(tl.float32) * out, 1)
+            tl.store(rows_ptr + ((token + t) * H + i_h) * NV + i_v, sums, mask=inside)
         if KEEP:
-            tl.store(at_boundary, state.to(kept_ptr.dtype.element_ty), mask=in_state)
+            tl.store(kept_ptr + edge * K * V + at_kept, state.to(kept_ptr.dtype.element_ty), mask=in_state)
+            edge += H
+        if MEET:
+            tl.store(products_ptr + edge * NV + i_v, tl.sum(kept.to(tl.float32) * state), mask=more)
     if FINAL:  # the program that passed last over its (sequence, head)
-        if i_p == (piece0 if REVERSE else piece0 + pieces - 1):
+        if first == 0 if REVERSE else last == length:
             tl.store(final_ptr + (i_n * H + i_h) * K * V + at_state, state, mask=in_state & ends)
 
 
@@ -240,7 +249,7 @@ def _sweep(
 @triton.jit
 def _single(
     q_ptr, k_ptr, v_ptr, g_ptr, out_ptr, start_ptr, updates_ptr, sums_ptr, final_ptr, bounds_ptr, pieces_ptr, owner_ptr,
-    mine_ptr, chunks_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, PIECES, piece,
+    parts_ptr, mine_ptr, chunks_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, PIECES, piece, part,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, mine_b, mine_t, mine_h, state_k, state_v,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     REVERSE: tl.constexpr, GATED: tl.constexpr, FAR: tl.constexpr, VARLEN: tl.constexpr, START: tl.constexpr, FINAL: tl.constexpr,
@@ -249,8 +258,8 @@ def _single(
     """One sweep."""
     _sweep(
         tl.program_id(0), q_ptr, k_ptr, v_ptr, g_ptr, out_ptr, start_ptr, updates_ptr, sums_ptr, final_ptr, bounds_ptr, pieces_ptr, owner_ptr,
-        mine_ptr, chunks_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, PIECES, piece,
-        q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, mine_b, mine_t, mine_h, state_k, state_v, True, True,
+        parts_ptr, mine_ptr, chunks_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, PIECES, piece, part,
+        q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, mine_b, mine_t, mine_h, state_k, state_v, True,
         K, V, BK, BV, C, REVERSE, GATED, FAR, VARLEN, START, FINAL, SPLIT, KEEP, MEET, DOT, HALF,
     )  # fmt: skip
 
@@ -259,11 +268,10 @@ def _single(
 @triton.jit
 def _twins(
     q_ptr, k_ptr, v_ptr, do_ptr, g_ptr, dk_ptr, dv_ptr, start_ptr, updates_ptr, sums_ptr, final_ptr, bounds_ptr, pieces_ptr, owner_ptr,
-    chunks_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, PIECES, piece,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
+    parts_ptr, scale, T, H, PIECES, piece, part, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
     K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     GATED: tl.constexpr, FAR: tl.constexpr, VARLEN: tl.constexpr, START: tl.constexpr, FINAL: tl.constexpr,
-    SPLIT: tl.constexpr, MEET: tl.constexpr, DOT: tl.constexpr, HALF: tl.constexpr,
+    SPLIT: tl.constexpr, DOT: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """dv and dk at once, for K = V. Both read q, k, v and do: what a program of one loads, its neighbour of the other has in cache.
 
@@ -276,10 +284,10 @@ def _twins(
         tl.program_id(0) // (2 * NV) * NV + pair % NV,
         tl.where(values, k_ptr, v_ptr), tl.where(values, q_ptr, do_ptr), tl.where(values, do_ptr, q_ptr), g_ptr,
         tl.where(values, dv_ptr, dk_ptr), start_ptr, updates_ptr, sums_ptr, final_ptr, bounds_ptr, pieces_ptr, owner_ptr,
-        k_ptr, chunks_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, PIECES, piece,
+        parts_ptr, None, None, None, None, None, scale, T, H, PIECES, piece, part,
         tl.where(values, k_b, v_b), tl.where(values, k_t, v_t), tl.where(values, k_h, v_h),
         tl.where(values, q_b, do_b), tl.where(values, q_t, do_t), tl.where(values, q_h, do_h),
         tl.where(values, do_b, q_b), tl.where(values, do_t, q_t), tl.where(values, do_h, q_h),
-        k_b, k_t, k_h, tl.where(values, K, 1), tl.where(values, 1, K), values, values == 0,
-        K, K, BK, BV, C, True, GATED, FAR, VARLEN, START, FINAL, SPLIT, False, MEET, DOT, HALF,
+        0, 0, 0, tl.where(values, K, 1), tl.where(values, 1, K), values,
+        K, K, BK, BV, C, True, GATED, FAR, VARLEN, START, FINAL, SPLIT, False, False, DOT, HALF,
     )  # fmt: skip

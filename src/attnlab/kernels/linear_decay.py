@@ -93,7 +93,9 @@ def linear_decay_attention(
     start = None if initial_state is None else initial_state.float().contiguous()
     decay = log_decay.float().contiguous()
     with torch.cuda.device(q.device):
-        return LinearDecay.apply(q, k, v, decay, start, scale, sequences, tiles_for(q, v), return_state)
+        return LinearDecay.apply(
+            q, k, v, decay, start, scale, sequences, tiles_for(q, v, forgets=decay.dim() == 1), return_state
+        )
 
 
 def _torch_form(

@@ -70,7 +70,7 @@ def linear_decay() -> Implementation:
         if x["q"].is_cuda:
             from attnlab.kernels.decay_launch import tiles_for
 
-            config = asdict(tiles_for(x["q"], x["v"]))
+            config = asdict(tiles_for(x["q"], x["v"], forgets=x["log_decay"].dim() == 1))
         inputs = (x["q"], x["k"], x["v"], x["log_decay"])
         return Run(lambda: linear_decay_attention(*inputs, scale=problem.scale, return_state=False)[0], x, config)
 
