@@ -1,13 +1,12 @@
 """The kernels of the Aaren scan, forward and backward, against autograd through the torch form in float64.
 
 The interpreter runs programs one after the other and is wrong about bfloat16, so races and bfloat16 are left to
-``tests/kernels/test_gpu.py``. What is proven here: prefixes inside and across chunks, pieces, every mask, weightless tokens,
+``tests/kernels/test_gpu.py``. What is proven here: prefixes and suffixes inside and across chunks, every mask, weightless tokens,
 packed sequences.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from itertools import pairwise
 
@@ -17,11 +16,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from attnlab.kernels import aaren_scan as module
-from attnlab.kernels import arguments, prefix_softmax
+from attnlab.kernels import arguments
 from attnlab.kernels.aaren_scan import aaren_scan
 from attnlab.kernels.dispatch import rows
 from attnlab.kernels.packed import Sequences
-from attnlab.kernels.prefix_softmax import CHUNK, SHORT, PrefixSoftmax, pieces_for
+from attnlab.kernels.prefix_softmax import CHUNK, PrefixSoftmax
 from attnlab.mixers import Summary, aaren
 
 pytestmark = pytest.mark.skipif(
@@ -30,18 +29,16 @@ pytestmark = pytest.mark.skipif(
 
 FLOAT32, FLOAT16 = 1e-5, 5e-3  # relative Frobenius; measured: 2e-6 and 3e-4
 
-#: batch, length, heads, width, pieces, standard deviation of the scores
+#: batch, length, heads, width, standard deviation of the scores
 CASES = {
-    "one token": (2, 1, 1, 12, 1, 1.0),
-    "one ragged chunk": (2, 37, 2, 12, 1, 1.0),
-    "one full chunk": (1, CHUNK, 1, 16, 1, 1.0),
-    "one token in the second chunk": (1, CHUNK + 1, 2, 20, 1, 1.0),
-    "three chunks, ragged": (1, 150, 2, 20, 1, 1.0),
-    "sharp scores": (1, 100, 2, 33, 1, 50.0),
-    "three levels of chunks": (1, SHORT * SHORT + 5, 1, 5, 1, 1.0),
-    "two pieces": (1, 100, 2, 12, 2, 1.0),
-    "three pieces, the last of one token": (1, 2 * CHUNK + 1, 1, 20, 3, 10.0),
-    "two pieces of two chunks": (1, 3 * CHUNK + 5, 1, 12, 2, 1.0),
+    "one token": (2, 1, 1, 12, 1.0),
+    "one ragged chunk": (2, CHUNK - 5, 2, 12, 1.0),
+    "one full chunk": (1, CHUNK, 1, 16, 1.0),
+    "one token in the second chunk": (1, CHUNK + 1, 2, 20, 1.0),
+    "five chunks, ragged": (1, 150, 2, 20, 1.0),
+    "sharp scores": (1, 100, 2, 33, 50.0),
+    "a full chunk of chunks": (1, CHUNK * CHUNK, 1, 5, 1.0),
+    "three levels of chunks": (1, CHUNK * CHUNK + 5, 1, 5, 10.0),
 }
 
 
@@ -69,29 +66,20 @@ def torch_form(s: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return o, lse(s), o[:, -1]
 
 
-def kernels(
-    s: Tensor, v: Tensor, piece: int = 2 * CHUNK, bounds: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return PrefixSoftmax.apply(s, v, piece, arguments.sequences(bounds, len(s), s.shape[1]))
-
-
-def cut_into(length: int, pieces: int) -> int:
-    """The length of so many pieces, a multiple of the chunk."""
-    piece = CHUNK * math.ceil(length / (pieces * CHUNK))
-    assert math.ceil(length / piece) == pieces
-    return piece
+def kernels(s: Tensor, v: Tensor, bounds: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    return PrefixSoftmax.apply(s, v, arguments.sequences(bounds, len(s), s.shape[1]))
 
 
 def error(got: Tensor, wanted: Tensor) -> float:
     return float((got.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
 
 
-def errors(s: Tensor, v: Tensor, piece: int, d_o: Tensor, d_lse: Tensor, d_end: Tensor) -> dict[str, float]:
+def errors(s: Tensor, v: Tensor, d_o: Tensor, d_lse: Tensor, d_end: Tensor) -> dict[str, float]:
     """Relative errors of all outputs and both gradients, on the values that the kernel sees."""
     results = []
     for exact in (False, True):
         x = [(y.double() if exact else y).detach().requires_grad_() for y in (s, v)]
-        o, log, end = torch_form(*x) if exact else kernels(*x, piece)
+        o, log, end = torch_form(*x) if exact else kernels(*x)
         grads = torch.autograd.grad([o, log, end], x, [d_o.to(o), d_lse.to(log), d_end.to(end)])
         results.append([o.detach(), log.detach(), end.detach(), *grads])
     names = ["output", "lse", "end", "gradient of s", "gradient of v"]
@@ -100,18 +88,18 @@ def errors(s: Tensor, v: Tensor, piece: int, d_o: Tensor, d_lse: Tensor, d_end: 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_outputs_and_gradients(case, draw):
-    batch, length, heads, width, pieces, spread = case
+    batch, length, heads, width, spread = case
     s, v = spread * draw(batch, length, heads), draw(batch, length, heads, width)
-    found = errors(s, v, cut_into(length, pieces), draw(*v.shape), draw(*s.shape), draw(*v[:, 0].shape))
+    found = errors(s, v, draw(*v.shape), draw(*s.shape), draw(*v[:, 0].shape))
     assert max(found.values()) < FLOAT32, found
 
 
-@pytest.mark.parametrize(("length", "pieces"), [(1, 1), (SHORT, 1), (100, 1), (100, 2)])
-def test_half_precision(length, pieces, draw):
+@pytest.mark.parametrize("length", [1, CHUNK, 100])
+def test_half_precision(length, draw):
     """The end is not rounded, however few tokens there are."""
     s, v = draw(1, length, 2), draw(1, length, 2, 20).half()
     d_o, d_lse, d_end = draw(*v.shape).half(), draw(*s.shape), draw(1, 2, 20)
-    found = errors(s, v, cut_into(length, pieces), d_o, d_lse, d_end)
+    found = errors(s, v, d_o, d_lse, d_end)
     assert found.pop("end") < FLOAT32
     if length == 1:  # ds is dlse and the rest of products of halves that cancel
         del found["gradient of s"]
@@ -129,14 +117,13 @@ def test_outputs_that_nobody_reads_have_no_gradient(draw):
             torch.testing.assert_close(got, torch.zeros_like(got) if wanted is None else wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("pieces", [1, 2])
-def test_tokens_without_weight(pieces, draw):
+def test_tokens_without_weight(draw):
     """-inf at the start, in the middle and over a whole chunk: zeros until a token counts, and no NaN anywhere."""
     s, v = draw(1, 150, 2), draw(1, 150, 2, 12)
     s[:, :70, 0] = -torch.inf
     s[:, 100:110] = -torch.inf
     x = [y.clone().requires_grad_() for y in (s, v)]
-    o, log, _ = kernels(*x, cut_into(150, pieces))
+    o, log, _ = kernels(*x)
     wanted = aaren(s.double(), v.double())[0]
     assert torch.equal(o[:, :70, 0], torch.zeros_like(o[:, :70, 0]))
     assert bool((log[:, :70, 0] == -torch.inf).all())
@@ -237,20 +224,13 @@ def test_an_empty_past_changes_nothing(on_cpu, draw):
     torch.testing.assert_close(aaren_scan(s, v, initial=nothing)[0], aaren_scan(s, v)[0])
 
 
-@pytest.mark.parametrize("length", [1, 63, 513, 10_000])
-def test_pieces_cover_the_sequence(length):
-    pieces, piece = pieces_for(torch.empty(1, length, 2))
-    assert piece % CHUNK == 0
-    assert (pieces - 1) * piece < length <= pieces * piece
-
-
-#: bounds, width, tokens a piece, standard deviation of the scores
+#: bounds, width, standard deviation of the scores
 PACKED = {
-    "one token each": ((0, 1, 2, 3), 12, CHUNK, 1.0),
-    "one token, one chunk, one token more": ((0, 1, 1 + SHORT, 2 + 2 * SHORT, 130), 20, CHUNK, 1.0),
-    "one long sequence alone": ((0, 200), 12, CHUNK, 1.0),
-    "pieces of a long sequence between short ones": ((0, 70, 71, 71 + 3 * CHUNK + 1, 290), 12, CHUNK, 10.0),
-    "three levels of chunks": ((0, 1, SHORT * SHORT + 6, SHORT * SHORT + 6 + CHUNK), 5, 8 * CHUNK, 1.0),
+    "one token each": ((0, 1, 2, 3), 12, 1.0),
+    "one token, one chunk, one token more": ((0, 1, 1 + CHUNK, 2 + 2 * CHUNK, 130), 20, 1.0),
+    "one long sequence alone": ((0, 200), 12, 1.0),
+    "a long sequence between short ones": ((0, 70, 71, 264, 290), 12, 10.0),
+    "three levels of chunks": ((0, 1, CHUNK * CHUNK + 6, CHUNK * CHUNK + 70), 5, 1.0),
 }
 
 
@@ -280,9 +260,8 @@ def mean_and_lse(end: Summary) -> list[Tensor]:
 
 @pytest.mark.parametrize("initial", [False, True])
 @pytest.mark.parametrize("case", PACKED.values(), ids=PACKED)
-def test_packed_sequences(case, initial, on_cpu, draw, monkeypatch):
-    bounds, width, piece, spread = case
-    monkeypatch.setattr(prefix_softmax, "pieces_for", lambda s: (1, piece))
+def test_packed_sequences(case, initial, on_cpu, draw):
+    bounds, width, spread = case
     count, length = len(bounds) - 1, bounds[-1]
     x = {"s": spread * draw(1, length, 2), "v": draw(1, length, 2, width)}
     if initial:

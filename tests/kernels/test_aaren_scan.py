@@ -71,7 +71,7 @@ def half_kernel(monkeypatch):
     """The way of a GPU, with the torch form for the kernel: outputs in the dtype of the values, the end of the last in float32."""
     softmax = pytest.importorskip("attnlab.kernels.prefix_softmax")
 
-    def apply(s, v, piece, sequences):
+    def apply(s, v, sequences):
         o, _ = aaren(s, v.float())
         return o.to(v.dtype), s.logcumsumexp(1), o[:, -1]
 

@@ -39,11 +39,11 @@ def aaren_scan(
     sequences = _check(s, v, initial, cu_seqlens)
     if not on_gpu("aaren_scan", v):
         return _torch_form(s, v, initial, sequences)
-    from attnlab.kernels.prefix_softmax import PrefixSoftmax, pieces_for
+    from attnlab.kernels.prefix_softmax import PrefixSoftmax
 
     s = s.float().contiguous()
     with torch.cuda.device_of(v):
-        o, lse, end = PrefixSoftmax.apply(s, rows(v), pieces_for(s)[1], sequences)
+        o, lse, end = PrefixSoftmax.apply(s, rows(v), sequences)
     last = lse[sequences.ends]
     summary = Summary(last, torch.isfinite(last).to(lse.dtype), end)
     if initial is None:

@@ -81,12 +81,8 @@ def scan() -> Implementation:
     """`attnlab.kernels.aaren_scan`; the scores are given."""
 
     def prepare(problem: Problem) -> Run:
-        x, config = problem.copies(), {}
-        if x["v"].is_cuda:
-            from attnlab.kernels.prefix_softmax import pieces_for
-
-            config = dict(zip(("pieces", "piece"), pieces_for(x["s"]), strict=True))
-        return Run(lambda: aaren_scan(x["s"], x["v"])[0], x, config)
+        x = problem.copies()
+        return Run(lambda: aaren_scan(x["s"], x["v"])[0], x)
 
     return Implementation(OURS, prepare, devices=EVERYWHERE)
 
