@@ -3,17 +3,15 @@
     lse_t = log sum_{i <= t} exp(s_i)           o_t = sum_{i <= t} exp(s_i - lse_t) v_i
 
 All that a chunk needs of those before it is (lse, o) of its left neighbour's last token: the triple (m, u, w) of the paper with
-u = 1. So a first pass sums up every chunk, the scan of these summaries is the same problem with a chunk for a token, and a second
-pass runs all chunks at once; the tree has as many levels as T has digits in base 64. Inside a chunk the weights form a lower
-triangle, as in flash attention, and one matrix product applies them.
-
-Backward it is the same from the right, with D_t = sum_{k >= t} exp(-lse_k) do_k, a vector, and E_t = sum_{k >= t} exp(-lse_k) delta_k,
-a scalar, where delta_k = dlse_k - o_k . do_k:
+u = 1. So a first pass sums up every chunk, the scan of these summaries is the same problem 32 times shorter, and a second pass
+runs all chunks at once; the tree has as many levels as T has digits in base 32. Inside a chunk the weights form a lower triangle,
+as in flash attention, and one matrix product applies them. Backward goes the same way from the right: with
+delta_k = dlse_k - o_k . do_k, D_t = sum_{k >= t} exp(-lse_k) do_k, a vector, and E_t = sum_{k >= t} exp(-lse_k) delta_k, a scalar,
 
     dv_t = exp(s_t) D_t                         ds_t = exp(s_t) (v_t . D_t + E_t)
 
-Because lse never falls, a chunk's sums are taken relative to lse of its first token, and every exponent is at most 0. With this
-lse for s, D and E of all chunks for do and delta, and no v, the two lines above scan the sums of the chunks.
+and because lse never falls, sums relative to lse of their first token have no exponent above 0. A chunk's sums are such, and their
+scan is again the same problem, with this lse for s and lse, D and E of the chunks for do and delta, and no v.
 Where several sequences are packed into one row, no chunk crosses a bound; a program asks `owner` whose it is.
 """
 
@@ -31,12 +29,12 @@ from attnlab.kernels.dispatch import dot_precision, padded, rows
 from attnlab.kernels.launch import remembered
 from attnlab.kernels.packed import Sequences
 
-CHUNK = 32  # tokens
+CHUNK = 32  # a token costs as many exponentials, and few warps wait for each other least
 
 
 @triton.jit
 def _weight(x, reference):
-    """exp(x - reference) for a finite reference or inf; 0 for an x of -inf."""
+    """exp(x - reference); the reference is above -inf."""
     return tl.exp2((x - reference) * 1.4426950408889634)
 
 
@@ -153,7 +151,7 @@ def _sums(
 ):  # fmt: skip
     """Of every chunk lse of its first token, and D and E relative to it: [B, chunks, H], [B, chunks, H, V] and [B, chunks, H].
 
-    And E of every token [B, T, H], relative to its own lse, without the chunks on the right. Where o is given, delta is dlse still.
+    And E of the chunk from every token on, relative to the token's lse: [B, T, H]. Where o is given, delta is dlse so far.
     """
     i_b, i_h, chunk, _, _, first, end = _chunk(cu_ptr, chunks_ptr, owner_ptr, T, H, CHUNKS, C, VARLEN)
     cs, vs = tl.arange(0, C), tl.arange(0, BV)
@@ -282,7 +280,7 @@ def _prefixes(s: Tensor, v: Tensor, sequences: Sequences) -> tuple[Tensor, Tenso
 def _suffixes(
     s: Tensor, v: Tensor | None, lse: Tensor, o: Tensor | None, do: Tensor, delta: Tensor | None, sequences: Sequences
 ) -> tuple[Tensor, Tensor]:
-    """ds and dv from dlse in the place of delta; the same of all chunks, without v and o, is what arrives from the right of each."""
+    """ds and dv, from dlse for delta; without v and o, the scans (E, D) of all chunks, each relative to its s."""
     batch, length, heads, width = do.shape
     parts, owner = sequences.cut(CHUNK)
     chunks = parts.bounds[-1]
