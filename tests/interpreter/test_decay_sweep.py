@@ -266,6 +266,10 @@ class Guarded:
         self.buffers.append((buffer, size.numel()))
         return buffer[512 : 512 + size.numel()].view(size)
 
+    def empty_like(self, x: Tensor, *, memory_format: torch.memory_format) -> Tensor:
+        assert memory_format == torch.contiguous_format
+        return self.empty(*x.shape, dtype=x.dtype, device=x.device)
+
 
 def padded(x: Tensor) -> Tensor:
     """The same numbers inside a larger tensor of NaN: more tokens, heads and channels on every side."""
@@ -313,6 +317,18 @@ def test_a_sum_as_the_loss_sends_an_expanded_gradient(draw):
     kernel(case, x)[0].sum().backward()
     reference(case, exact)[0].sum().backward()
     compare({name: x[name].grad for name in x}, {name: exact[name].grad for name in x}, FLOAT32)
+
+
+@pytest.mark.parametrize("name", ["one piece", "as wide keys as values"])
+def test_the_gradient_of_transposed_outputs(name, draw):
+    """It comes in the memory order [B, H, T, V], which no other gradient may take over: programs write [B, T, H, V]."""
+    case = CASES[name]
+    x = leaves(case, draw)
+    exact = {key: tensor.detach().double().requires_grad_() for key, tensor in x.items()}
+    d_out = draw(case.batch, 2, case.length, case.values)
+    kernel(case, x)[0].transpose(1, 2).backward(d_out)
+    reference(case, exact)[0].transpose(1, 2).backward(d_out.double())
+    compare({key: x[key].grad for key in x}, {key: exact[key].grad for key in x}, FLOAT32)
 
 
 def test_gradients_from_the_final_state_alone(draw):

@@ -145,7 +145,7 @@ class Sweeps:
         the products of every output with `mine`.
         """
         width, channels = q.shape[-1], v.shape[-1]
-        out = torch.empty(v.shape, dtype=v.dtype, device=self.device)
+        out = _blank(v)
         last = torch.empty(self.count, self.heads, width, channels, device=self.device) if final else None
         states = [x for x in (start, updates.states if updates else None, last) if x is not None]
         layout = states[0].stride()[-2:] if states else (0, 0)
@@ -182,7 +182,7 @@ class Sweeps:
                 first,
             )
         width = k.shape[-1]
-        dk, dv = torch.empty(k.shape, dtype=k.dtype, device=self.device), torch.empty_like(d_out)
+        dk, dv = _blank(k), _blank(v)
         first = torch.empty(self.count, self.heads, width, width, device=self.device) if final else None
         _twins[(2 * self._grid(width)[0],)](
             q, k, v, d_out, self.log_decay, dk, dv, start, *(updates or (None, None)), first, *self.places, self.parts.packed, self.scale,
@@ -232,6 +232,11 @@ class LinearDecay(torch.autograd.Function):
             dg = decay_gradient(edges, sweeps.scale, sweeps.tiles.chunk, sweeps.sequences)
             dg = dg if g.dim() == 3 else dg.sum((0, 1))
         return dq, dk, dv, dg, None if d_start is None else d_start * sweeps.scale, None, None, None, None
+
+
+def _blank(x: Tensor) -> Tensor:
+    """Room for a result of the shape and dtype of `x`, contiguous whatever the strides of `x`."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _mT(x):
