@@ -21,9 +21,11 @@ def queries_keys_values(q: Tensor, k: Tensor, v: Tensor) -> None:
     """
     checks.rank("q", q, "[B, T, H, K]")
     checks.rank("v", v, "[B, T, H, V]")
-    checks.shape("k", k, tuple(q.shape), "[B, T, H, K] of q")
-    checks.shape("v", v, (*q.shape[:3], v.shape[3]), "[B, T, H, V] with B, T, H of q")
-    narrow(K=q.shape[3], V=v.shape[3])
+    batch, length, heads, width = q.shape
+    channels = v.shape[3]
+    checks.shape("k", k, (batch, length, heads, width), "[B, T, H, K] of q")
+    checks.shape("v", v, (batch, length, heads, channels), "[B, T, H, V] with B, T, H of q")
+    narrow(K=width, V=channels)
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise ValueError(f"{name}: dtype {x.dtype}, but q has {q.dtype}; cast one of them")
@@ -59,9 +61,10 @@ def beside(first: str, reference: Tensor, **tensors: Tensor | None) -> None:
     Raises:
         ValueError: another device.
     """
+    device = reference.device
     for name, x in tensors.items():
-        if x is not None and x.device != reference.device:
-            raise ValueError(f"{name}: on {x.device}, but {first} is on {reference.device}; move one of them")
+        if x is not None and x.device != device:
+            raise ValueError(f"{name}: on {x.device}, but {first} is on {device}; move one of them")
 
 
 def sequences(cu_seqlens: Tensor | None, batch: int, length: int) -> Sequences:
