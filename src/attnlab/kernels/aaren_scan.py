@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnlab.kernels import arguments
-from attnlab.kernels.dispatch import on_gpu, rows
+from attnlab.kernels.dispatch import on_device_of, on_gpu, rows
 from attnlab.kernels.packed import Sequences
 from attnlab.mixers import checks
 from attnlab.mixers.softmax_merge import Summary, aaren, merge
@@ -42,7 +42,7 @@ def aaren_scan(
     from attnlab.kernels.prefix_softmax import PrefixSoftmax
 
     s = s.float().contiguous()
-    with torch.cuda.device_of(v):
+    with on_device_of(v):
         o, lse, end = PrefixSoftmax.apply(s, rows(v), sequences)
     last = lse[sequences.ends]
     summary = Summary(last, torch.isfinite(last).to(lse.dtype), end)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnlab.kernels import arguments
-from attnlab.kernels.dispatch import on_gpu, rows
+from attnlab.kernels.dispatch import on_device_of, on_gpu, rows
 from attnlab.kernels.packed import Sequences
 from attnlab.mixers import flow
 from attnlab.mixers.flow import FlowState
@@ -84,7 +84,7 @@ def causal_flow(
         return o, state if return_state else None
     from attnlab.kernels.flow_sweep import flow_sweep
 
-    with torch.cuda.device(q.device):
+    with on_device_of(q):
         return flow_sweep(
             rows(q),
             rows(k),

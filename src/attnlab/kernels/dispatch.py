@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,15 @@ def _warn_fallback(name: str, dtype: torch.dtype) -> None:
     warnings.warn(
         f"{name}: no kernel for {dtype}; the slower torch form runs. Cast to float32 for speed.", stacklevel=4
     )
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Makes the GPU of `x` the current one, if there is one and it is another: asking is cheaper than setting and resetting."""
+    here = not x.is_cuda or x.device.index == torch.cuda.current_device()
+    return _NOTHING if here else torch.cuda.device(x.device)
+
+
+_NOTHING = nullcontext()
 
 
 def cdiv(a: int, b: int) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from attnlab.kernels import arguments
-from attnlab.kernels.dispatch import on_gpu, rows
+from attnlab.kernels.dispatch import on_device_of, on_gpu, rows
 from attnlab.kernels.packed import Sequences
 from attnlab.mixers import checks, recurrence
 
@@ -92,10 +92,9 @@ def linear_decay_attention(
     q, k, v = rows(q), rows(k), rows(v)
     start = None if initial_state is None else initial_state.float().contiguous()
     decay = log_decay.float().contiguous()
-    with torch.cuda.device(q.device):
-        return LinearDecay.apply(
-            q, k, v, decay, start, scale, sequences, tiles_for(q, v, forgets=decay.dim() == 1), return_state
-        )
+    with on_device_of(q):
+        tiles = tiles_for(q, v, forgets=decay.dim() == 1)
+        return LinearDecay.apply(q, k, v, decay, start, float(scale), sequences, tiles, return_state)
 
 
 def _torch_form(
