@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 from attnlab.kernels import arguments, decay_launch
 from attnlab.kernels.decay_launch import LinearDecay, Sweeps, Tiles, tiles_for
 from attnlab.kernels.dispatch import rows
+from attnlab.kernels.launch import Launcher
 from attnlab.kernels.packed import Sequences
 from attnlab.mixers import recurrence
 
@@ -96,6 +97,22 @@ def draw():
     """Normal float32 tensors from one seed: ``draw(2, 37, 2, 12)``."""
     generator = torch.Generator().manual_seed(0)
     return lambda *shape: torch.randn(*shape, generator=generator)
+
+
+TOLD = {}  # what followed each key, over all tests
+
+
+@pytest.fixture(autouse=True)
+def key_tells_the_rest(monkeypatch):
+    """Compiled kernels keep what follows a key: nothing that follows may depend on anything else."""
+    launch = Launcher.launch
+
+    def checked(self, grid, arguments, key, rest):
+        kinds = [(x.dtype, x.is_cuda) if isinstance(x, Tensor) else type(x) for x in arguments]
+        assert TOLD.setdefault((self, key, *kinds), rest()) == rest()
+        launch(self, grid, arguments, key, rest)
+
+    monkeypatch.setattr(Launcher, "launch", checked)
 
 
 def leaves(case: Case, draw, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

@@ -3,10 +3,8 @@
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-
-from attnlab.kernels import launch  # noqa: E402
-from attnlab.kernels.launch import Launcher, remembered  # noqa: E402
+from attnlab.kernels import launch
+from attnlab.kernels.launch import Launcher
 
 
 class Variant:
@@ -84,5 +82,35 @@ def test_ever_new_sizes_do_not_fill_the_memory(kernel, monkeypatch):
     assert kinds(kernel) == ["first"] * 10
 
 
-def test_what_is_no_compiled_kernel_stays_as_it_is(kernel):
-    assert remembered(kernel) is kernel
+def test_again_tensors_are_sent_as_addresses(kernel, monkeypatch):
+    monkeypatch.setattr(Variant, "__getitem__", lambda self, grid: lambda *arguments: self.log.append(arguments))
+    fast, x = Launcher(kernel), torch.nn.Parameter(torch.zeros(3))
+    for _ in range(2):
+        fast[(1,)](x, None, 0.5, FLAG=True, K=64)
+    assert kernel.log[-1] == (x.data_ptr(), None, 0.5, 64, True)
+
+
+def test_the_rest_is_asked_for_where_the_key_or_a_kind_is_new(kernel):
+    fast, asked = Launcher(kernel), []
+
+    def send(x, key):
+        def rest():
+            asked.append((x.dtype, key))
+            return (key, 0.5), {"FLAG": True, "K": 64, "num_warps": 4}
+
+        fast.launch((7,), (x,), (key,), rest)
+
+    single, half = torch.zeros(3), torch.zeros(3, dtype=torch.float16)
+    for x, key in ((single, 5), (single, 5), (half, 5), (single, 6), (torch.ones(3), 5), (half, 5)):
+        send(x, key)
+    assert asked == [(torch.float32, 5), (torch.float16, 5), (torch.float32, 6)]
+    assert kernel.log[0] == ("first", (7,), (5, 0.5), {"FLAG": True, "K": 64, "num_warps": 4})
+    assert kernel.log[-2:] == [("again", (7, 1, 1), (5, 0.5, 64, True))] * 2
+
+
+def test_an_interpreted_kernel_is_launched_anew_each_time(kernel, monkeypatch):
+    monkeypatch.setattr(Kernel, "__getitem__", lambda self, grid: lambda *arguments, **constants: self.log.append(grid))
+    fast = Launcher(kernel)
+    for n in (1, 2):
+        fast[(n,)](torch.zeros(3), 5, 0.5, FLAG=True, K=64)
+    assert kernel.log == [(1,), (2,)]

@@ -6,7 +6,8 @@ are cut into pieces cost two more, and a decay that learns one (`attnlab.kernels
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +20,7 @@ from attnlab.kernels.dispatch import cdiv, dot_precision, multiprocessors, padde
 from attnlab.kernels.packed import Sequences
 
 
-@dataclass(frozen=True)
-class Tiles:
+class Tiles(NamedTuple):
     """Sizes of one launch: chunk length, width of a slice of v, warps, pipeline stages, pieces a row is cut into, parts of a piece."""
 
     chunk: int
@@ -61,8 +61,8 @@ def tiles_for(q: Tensor, v: Tensor, *, forgets: bool) -> Tiles:
     # Too few to fill the GPU: cut into two full waves, or into one where pieces would fall below 1024 tokens.
     wanted = max(min(2 * waves // programs, length // 1024), min(waves // programs, length // 128), 1)
     # The first pass waits for its longest chain of steps, a part; who comes behind has to read all parts that it remembers.
-    cut = replace(whole, pieces=wanted, parts=max(length // wanted // 2048, 1) if forgets else 1)
-    return replace(cut, pieces=cdiv(length, cut.piece(length)))
+    cut = whole._replace(pieces=wanted, parts=max(length // wanted // 2048, 1) if forgets else 1)
+    return cut._replace(pieces=cdiv(length, cut.piece(length)))
 
 
 class Updates(NamedTuple):
@@ -93,14 +93,18 @@ class Sweeps:
         pieces, owner = sequences.cut(self.piece)
         self.count = sequences.count(self.batch)
         self.pieces = self.batch * pieces.bounds[-1]  # of all sequences
-        self.places = (sequences.packed, pieces.packed, owner)
         self.parts, self.part_owner = sequences.cut(self.part) if self.split else (sequences, None)
+        self.places = (sequences.packed, pieces.packed, owner, self.parts.packed)
         self.sizes = (self.length, self.heads, pieces.bounds[-1], self.piece, self.part)
-        self.constants = {
-            "C": tiles.chunk, "GATED": log_decay.dim() == 3, "VARLEN": owner is not None, "DOT": dot_precision(q),
-        }  # fmt: skip
-        self.launch = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+        self.dot = dot_precision(q)
         self.half = q.dtype != torch.float32 and q.is_cuda  # the interpreter's bfloat16 is wrong
+        self.key = (*self.sizes, log_decay.dim(), tiles)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Of every launch."""
+        gated, packed = self.log_decay.dim() == 3, self.sequences.packed is not None
+        return {"C": self.tiles.chunk, "GATED": gated, "VARLEN": packed, "DOT": self.dot, "num_warps": self.tiles.warps}
 
     @property
     def split(self) -> bool:
@@ -116,13 +120,40 @@ class Sweeps:
         states = torch.empty(self.batch * parts, self.heads, width, channels, device=self.device)
         sums = torch.empty(self.batch * parts, self.heads, device=self.device)
         slices = min(self.tiles.slice, 32)  # a part is one chain of small steps, and more programs are there to wait
-        _piece_updates[(len(sums) * self.heads * cdiv(channels, slices),)](
-            k, v, self.log_decay, states, sums, self.sequences.packed, self.parts.packed, self.part_owner,
-            self.length, self.heads, parts, self.part, self.piece, *k.stride()[:3], *v.stride()[:3],
-            K=width, V=channels, BK=padded(width), BV=slices, REVERSE=reverse, FAR=_far(k, v), **self.constants,
-            num_warps=self.tiles.warps, num_stages=self.tiles.stages + 2,  # two blocks a chunk, not three: room for more
+        steps = [x.stride() for x in (k, v)]
+        _piece_updates.launch(
+            (len(sums) * self.heads * cdiv(channels, slices),),
+            (k, v, self.log_decay, states, sums, self.sequences.packed, self.parts.packed, self.part_owner),
+            (*self.key, parts, width, channels, *steps, reverse),
+            lambda: (
+                (self.length, self.heads, parts, self.part, self.piece, *[step for x in steps for step in x[:3]]),
+                {
+                    "K": width, "V": channels, "BK": padded(width), "BV": slices, "REVERSE": reverse, "FAR": _far(k, v),
+                    **self.constants, "num_stages": self.tiles.stages + 2,  # two blocks a chunk, not three: room for more
+                },
+            ),
         )  # fmt: skip
         return Updates(states, sums)
+
+    def ahead(self, k: Tensor, v: Tensor) -> Callable[[], Updates | None]:
+        """The first pass of the sweeps from the right, begun; call the result where it is needed.
+
+        If it takes long it runs on a second stream: few programs are chains of steps, and the next sweep has room beside them.
+        """
+        if self.tiles.parts == 1 or not self.split or self.device.type == "cpu":
+            return functools.partial(self.updates, k, v, reverse=True)
+        here, side = torch.cuda.current_stream(self.device), _second_stream(self.device)
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            updates = self.updates(k, v, reverse=True)
+
+        def joined() -> Updates | None:
+            here.wait_stream(side)
+            for x in updates or ():
+                x.record_stream(here)
+            return updates
+
+        return joined
 
     def sweep(
         self,
@@ -151,12 +182,19 @@ class Sweeps:
         layout = states[0].stride()[-2:] if states else (0, 0)
         edge = keep or meet
         behind = (*edge[:3], edge.reads if keep else edge.writes) if edge else (None, None, None, None)
-        _single[self._grid(channels)](
-            q, k, v, self.log_decay, out, start, *(updates or (None, None)), last, *self.places, self.parts.packed, mine, *behind, self.scale,
-            *self.sizes, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *(q if mine is None else mine).stride()[:3], *layout,
-            K=width, V=channels, BK=padded(width), BV=self.tiles.slice, REVERSE=reverse, FAR=_far(q, k, v),
-            START=start is not None, FINAL=final, SPLIT=updates is not None, KEEP=keep is not None, MEET=meet is not None,
-            HALF=self.half, **self.constants, **self.launch,
+        steps = [x.stride() for x in (q, k, v, q if mine is None else mine)]
+        _single.launch(
+            self._grid(channels),
+            (q, k, v, self.log_decay, out, start, *(updates or (None, None)), last, *self.places, mine, *behind, self.scale),
+            (*self.key, width, channels, *steps, layout, reverse, keep is None),
+            lambda: (
+                (*self.sizes, *[step for x in steps for step in x[:3]], *layout),
+                {
+                    "K": width, "V": channels, "BK": padded(width), "BV": self.tiles.slice, "REVERSE": reverse, "FAR": _far(q, k, v),
+                    "START": start is not None, "FINAL": final, "SPLIT": updates is not None, "KEEP": keep is not None,
+                    "MEET": meet is not None, "HALF": self.half, **self.constants, "num_stages": self.tiles.stages,
+                },
+            ),
         )  # fmt: skip
         return out, last
 
@@ -184,12 +222,18 @@ class Sweeps:
         width = k.shape[-1]
         dk, dv = _blank(k), _blank(v)
         first = torch.empty(self.count, self.heads, width, width, device=self.device) if final else None
-        _twins[(2 * self._grid(width)[0],)](
-            q, k, v, d_out, self.log_decay, dk, dv, start, *(updates or (None, None)), first, *self.places, self.parts.packed, self.scale,
-            *self.sizes, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3],
-            K=width, BK=padded(width), BV=self.tiles.slice, FAR=_far(q, k, v, d_out),
-            START=start is not None, FINAL=final, SPLIT=updates is not None,
-            HALF=self.half, **self.constants, **self.launch,
+        steps = [x.stride() for x in (q, k, v, d_out)]
+        _twins.launch(
+            (2 * self._grid(width)[0],),
+            (q, k, v, d_out, self.log_decay, dk, dv, start, *(updates or (None, None)), first, *self.places, self.scale),
+            (*self.key, width, *steps),
+            lambda: (
+                (*self.sizes, *[step for x in steps for step in x[:3]]),
+                {
+                    "K": width, "BK": padded(width), "BV": self.tiles.slice, "FAR": _far(q, k, v, d_out), "START": start is not None,
+                    "FINAL": final, "SPLIT": updates is not None, "HALF": self.half, **self.constants, "num_stages": self.tiles.stages,
+                },
+            ),
         )  # fmt: skip
         return dk, dv, first
 
@@ -224,8 +268,9 @@ class LinearDecay(torch.autograd.Function):
         d_final = None if d_final is None else d_final.float().contiguous() / sweeps.scale
         edges = sweeps.boundaries(q, v) if ctx.needs_input_grad[3] else None
         behind = Updates(*pieces) if pieces else None
+        ahead = sweeps.ahead(q, d_out)
         dq, _ = sweeps.sweep(d_out, v, k, start=_mT(start), updates=_mT(behind), keep=edges, mine=q)
-        how: Any = {"start": d_final, "updates": sweeps.updates(q, d_out, reverse=True), "meet": edges}
+        how: Any = {"start": d_final, "updates": ahead(), "meet": edges}
         dk, dv, d_start = sweeps.keys_and_values(q, k, v, d_out, **how, final=ctx.needs_input_grad[4])
         dg = None
         if edges is not None:
@@ -237,6 +282,11 @@ class LinearDecay(torch.autograd.Function):
 def _blank(x: Tensor) -> Tensor:
     """Room for a result of the shape and dtype of `x`, contiguous whatever the strides of `x`."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@functools.cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _mT(x):

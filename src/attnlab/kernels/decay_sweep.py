@@ -76,6 +76,18 @@ def _remembered(g, length, steps):
     return tl.where(lost * steps > 1.0, tl.minimum(needed, steps), steps)
 
 
+@triton.jit
+def _state(ptr, ks, vs, state_k, state_v, values, K: tl.constexpr, V: tl.constexpr, TWINS: tl.constexpr):
+    """The state [BK, BV] at `ptr`. Of twins, who makes dk reads the state of dv transposed, but row by row all the same."""
+    here = (ks < K)[:, None] & (vs < V)[None, :]
+    if TWINS:
+        state = tl.load(ptr + ks[:, None] * V + vs[None, :], mask=here & values, other=0.0)
+        across = (vs < V)[:, None] & (ks < K)[None, :]
+        return state + tl.trans(tl.load(ptr + vs[:, None] * V + ks[None, :], mask=across & (values == 0), other=0.0))
+    else:
+        return tl.load(ptr + ks[:, None] * state_k + vs[None, :] * state_v, mask=here, other=0.0)
+
+
 @remembered
 @triton.jit
 def _piece_updates(
@@ -136,12 +148,12 @@ def _piece_updates(
 def _sweep(
     program, q_ptr, k_ptr, v_ptr, g_ptr, out_ptr, start_ptr, updates_ptr, sums_ptr, final_ptr, bounds_ptr, pieces_ptr, owner_ptr,
     parts_ptr, mine_ptr, chunks_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, PIECES, piece, part,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, mine_b, mine_t, mine_h, state_k, state_v, ends,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, mine_b, mine_t, mine_h, state_k, state_v, values,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     REVERSE: tl.constexpr, GATED: tl.constexpr, FAR: tl.constexpr, VARLEN: tl.constexpr, START: tl.constexpr, FINAL: tl.constexpr,
-    SPLIT: tl.constexpr, KEEP: tl.constexpr, MEET: tl.constexpr, DOT: tl.constexpr, HALF: tl.constexpr,
+    SPLIT: tl.constexpr, KEEP: tl.constexpr, MEET: tl.constexpr, DOT: tl.constexpr, HALF: tl.constexpr, TWINS: tl.constexpr,
 ):  # fmt: skip
-    """One program's share. Where two sweeps run side by side, `ends` says which of both FINAL is for."""
+    """One program's share. Of twins, `values` says whether this one makes dv, whose states FINAL and all others are."""
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = program % NV
     i_h = program // NV % H
@@ -156,7 +168,6 @@ def _sweep(
     ks, vs, cs = tl.arange(0, BK), i_v * BV + tl.arange(0, BV), tl.arange(0, C)
     in_k, in_v = ks < K, vs < V
     in_state = in_k[:, None] & in_v[None, :]
-    at_state = ks[:, None] * state_k + vs[None, :] * state_v
     q_ptr += row * q_b + begin * q_t + i_h * q_h
     k_ptr += row * k_b + begin * k_t + i_h * k_h
     v_ptr += row * v_b + begin * v_t + i_h * v_h
@@ -171,7 +182,7 @@ def _sweep(
 
     state = tl.zeros([BK, BV], dtype=tl.float32)
     if START:
-        state += tl.load(start_ptr + (i_n * H + i_h) * K * V + at_state, mask=in_state, other=0.0)
+        state += _state(start_ptr + (i_n * H + i_h) * K * V, ks, vs, state_k, state_v, values, K, V, TWINS)
     if SPLIT:  # what the parts passed before this piece have written
         part0 = tl.load(parts_ptr + i_n) if VARLEN else (i_n * tl.cdiv(T, part)).to(tl.int32)
         parts = tl.cdiv(length, part)
@@ -185,8 +196,8 @@ def _sweep(
                 decay = tl.load(sums_ptr + (part0 + j) * H + i_h)
             else:
                 decay = tl.minimum(part, length - j * part) * g
-            at = updates_ptr + ((part0 + j) * H + i_h).to(tl.int64) * K * V + at_state
-            state = state * tl.exp(decay) + tl.load(at, mask=in_state, other=0.0)
+            at = updates_ptr + ((part0 + j) * H + i_h).to(tl.int64) * K * V
+            state = state * tl.exp(decay) + _state(at, ks, vs, state_k, state_v, values, K, V, TWINS)
 
     if REVERSE:
         seen = cs[:, None] <= cs[None, :]
@@ -242,7 +253,8 @@ def _sweep(
             tl.store(products_ptr + edge * NV + i_v, tl.sum(kept.to(tl.float32) * state), mask=more)
     if FINAL:  # the program that passed last over its (sequence, head)
         if first == 0 if REVERSE else last == length:
-            tl.store(final_ptr + (i_n * H + i_h) * K * V + at_state, state, mask=in_state & ends)
+            at = final_ptr + (i_n * H + i_h) * K * V + ks[:, None] * state_k + vs[None, :] * state_v
+            tl.store(at, state, mask=in_state & values)
 
 
 @remembered
@@ -260,7 +272,7 @@ def _single(
         tl.program_id(0), q_ptr, k_ptr, v_ptr, g_ptr, out_ptr, start_ptr, updates_ptr, sums_ptr, final_ptr, bounds_ptr, pieces_ptr, owner_ptr,
         parts_ptr, mine_ptr, chunks_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, PIECES, piece, part,
         q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, mine_b, mine_t, mine_h, state_k, state_v, True,
-        K, V, BK, BV, C, REVERSE, GATED, FAR, VARLEN, START, FINAL, SPLIT, KEEP, MEET, DOT, HALF,
+        K, V, BK, BV, C, REVERSE, GATED, FAR, VARLEN, START, FINAL, SPLIT, KEEP, MEET, DOT, HALF, False,
     )  # fmt: skip
 
 
@@ -288,6 +300,6 @@ def _twins(
         tl.where(values, k_b, v_b), tl.where(values, k_t, v_t), tl.where(values, k_h, v_h),
         tl.where(values, q_b, do_b), tl.where(values, q_t, do_t), tl.where(values, q_h, do_h),
         tl.where(values, do_b, q_b), tl.where(values, do_t, q_t), tl.where(values, do_h, q_h),
-        0, 0, 0, tl.where(values, K, 1), tl.where(values, 1, K), values,
-        K, K, BK, BV, C, True, GATED, FAR, VARLEN, START, FINAL, SPLIT, False, False, DOT, HALF,
+        0, 0, 0, K, 1, values,
+        K, K, BK, BV, C, True, GATED, FAR, VARLEN, START, FINAL, SPLIT, False, False, DOT, HALF, True,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Launch a Triton kernel again without asking Triton again which of its compiled variants fits.
 
 Triton looks at every argument of every launch: dtypes, alignments, which sizes are 1 or multiples of 16. For the fifty arguments
-of a sweep that takes longer than many sweeps. The answer depends on nothing but what :func:`_described` tells, so it is kept.
+of a sweep that takes longer than many sweeps. The answer depends on nothing but what :meth:`Launcher.launch` looks at, so it is kept.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import triton
-from torch import Tensor
+Rest = tuple[tuple[Any, ...], dict[str, Any]]  # numbers by position, constants and launch options by name
 
 KEPT = 1024  # answers a kernel; training on sequences of ever new lengths must not fill the memory
 
 
 class Launcher:
-    """Stands for a kernel: ``kernel[grid](*arguments, **constants)``, with the constants and the launch options by name.
+    """Stands for a kernel. The tensor on whose device it runs is the first argument.
+
+    ``kernel[grid](*arguments, **constants)`` takes tensors, None and numbers, then the constants and the launch options by name, the
+    same in every launch and in the same order. ``kernel.launch`` is for launches that feel the time to gather all these.
 
     Hooks and debug settings of Triton that change after the first launch of a variant are not seen by the next.
     """
@@ -26,32 +28,46 @@ class Launcher:
         self._variants: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *arguments, **constants: self._launch(grid, arguments, constants)
+        return lambda *arguments, **constants: self.launch(
+            grid, arguments, (*constants.values(),), lambda: ((), constants)
+        )
 
-    def _launch(self, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        key = (arguments[0].device, *[x if type(x) is int else _described(x) for x in arguments], *constants.values())
-        known = self._variants.get(key)
-        if known is None:
-            variant = self.kernel[grid](*arguments, **constants)
-            names = [parameter.name for parameter in self.kernel.params[len(arguments) :]]
-            if len(self._variants) == KEPT:
-                self._variants.clear()
-            self._variants[key] = variant, tuple(constants[name] for name in names)
+    def launch(
+        self, grid: tuple[int, ...], arguments: tuple[Any, ...], key: tuple[Any, ...], rest: Callable[[], Rest]
+    ) -> None:
+        """Send the arguments and those that follow, which are the same for the same `key` and kinds of arguments.
+
+        Args:
+            rest: what follows and the constants, asked for where key or kinds are new. Of a tensor the kind is its dtype and its
+                alignment, and that it is there.
+        """
+        kinds: list[Any] = [arguments[0].device, key]
+        sent = []
+        for x in arguments:
+            kind = type(x)
+            if x is None or kind is int:
+                sent.append(x)
+                kinds.append(x)
+            elif kind is float:
+                sent.append(x)
+                kinds.append(kind)
+            else:
+                address = x.data_ptr()
+                sent.append(address)  # of a tensor Triton would ask the driver whether it is on the GPU
+                kinds.append((x.dtype, address % 16))
+        known = self._variants.get(tuple(kinds))
+        if known is not None:
+            variant, tail = known
+            variant[(*grid, 1, 1)](*sent, *tail)
             return
-        variant, tail = known
-        variant[(*grid, 1, 1)](*arguments, *tail)
+        following, constants = rest()
+        variant = self.kernel[grid](*arguments, *following, **constants)
+        if variant is None:  # the interpreter compiles none
+            return
+        names = [parameter.name for parameter in self.kernel.params[len(arguments) + len(following) :]]
+        if len(self._variants) == KEPT:
+            self._variants.clear()
+        self._variants[tuple(kinds)] = variant, (*following, *[constants[name] for name in names])
 
 
-def _described(argument: Any) -> Any:
-    """All of an argument that a variant can depend on; whole numbers stand for themselves, which tells more than is needed."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16
-    return float if isinstance(argument, float) else argument
-
-
-def remembered(kernel: Any) -> Any:
-    """The kernel behind a :class:`Launcher`; under the interpreter, which compiles nothing, the kernel itself.
-
-    The tensor on whose device it runs is the first argument. Every launch names the same constants in the same order.
-    """
-    return Launcher(kernel) if isinstance(kernel, triton.JITFunction) else kernel
+remembered = Launcher  # as a decorator

@@ -37,9 +37,9 @@ class Sequences(NamedTuple):
         Returns:
             The same sequences with a part for a token, and the sequence of every part [parts], int32; None unless packed.
         """
-        bounds = [0, *accumulate(cdiv(end - begin, size) for begin, end in pairwise(self.bounds))]
         if self.packed is None:
-            return Sequences(bounds, None), None
+            return Sequences([0, cdiv(self.bounds[1], size)], None), None
+        bounds = [0, *accumulate(cdiv(end - begin, size) for begin, end in pairwise(self.bounds))]
         counts = (self.packed.diff() + size - 1) // size
         packed = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
         parts = torch.arange(bounds[-1], dtype=torch.int32, device=packed.device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ def linear_decay() -> Implementation:
         if x["q"].is_cuda:
             from attnlab.kernels.decay_launch import tiles_for
 
-            config = asdict(tiles_for(x["q"], x["v"], forgets=x["log_decay"].dim() == 1))
+            config = tiles_for(x["q"], x["v"], forgets=x["log_decay"].dim() == 1)._asdict()
         inputs = (x["q"], x["k"], x["v"], x["log_decay"])
         return Run(lambda: linear_decay_attention(*inputs, scale=problem.scale, return_state=False)[0], x, config)
 
