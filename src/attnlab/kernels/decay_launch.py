@@ -39,7 +39,7 @@ class Tiles(NamedTuple):
         return self.parts * self.part(length)
 
 
-def tiles_for(q: Tensor, v: Tensor, *, forgets: bool) -> Tiles:
+def tiles_for(q: Tensor, v: Tensor, *, forgets: bool = False) -> Tiles:
     """Sizes that were fastest on an H200 (`python -m attnlab.kernels.bench` measures them).
 
     Args:

@@ -73,9 +73,7 @@ class CausalFlow(torch.autograd.Function):
     def forward(ctx: Any, q, k, v, start, memory, eps, clamp, lay, with_state):
         ctx.set_materialize_grads(False)
         reads, writes, gates, end = flow_gates(q, k, eps, clamp, lay, start, with_state)
-        sweeps = Sweeps(
-            reads, _no_decay(q.shape[2], q.device), 1 / lay.lift, tiles_for(reads, v, forgets=False), lay.sequences
-        )
+        sweeps = Sweeps(reads, _no_decay(q.shape[2], q.device), 1 / lay.lift, tiles_for(reads, v), lay.sequences)
         updates = sweeps.updates(writes, v)
         out, final = sweeps.sweep(reads, writes, v, start=memory, updates=updates, final=with_state)
         ctx.save_for_backward(q, k, v, memory, reads, writes, *gates, *(updates or ()))
