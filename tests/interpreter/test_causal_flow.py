@@ -195,6 +195,12 @@ def test_views_of_something_larger(draw):
         assert torch.equal(got, wanted)
 
 
+def test_a_gradient_that_comes_transposed_in_memory(draw):
+    """As [B, H, T, V], from ``o.transpose(1, 2)``: results are laid out as ever."""
+    q, k, v = (draw(2, 40, 2, 12) for _ in range(3))
+    assert max(errors(q, k, v, 1.0, draw(2, 2, 40, 12).transpose(1, 2)).values()) < FLOAT32
+
+
 def test_no_gate_reads_a_later_token(draw):
     q, k = draw(1, 100, 1, 12), draw(1, 100, 1, 12)
     before = gated(q, k)

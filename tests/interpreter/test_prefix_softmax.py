@@ -106,6 +106,13 @@ def test_half_precision(length, draw):
     assert max(found.values()) < FLOAT16, found
 
 
+def test_a_gradient_that_comes_transposed_in_memory(draw):
+    """As [B, H, T, V], from ``o.transpose(1, 2)``: results are laid out as ever."""
+    s, v = draw(2, 70, 2), draw(2, 70, 2, 12)
+    found = errors(s, v, draw(2, 2, 70, 12).transpose(1, 2), draw(*s.shape), draw(*v[:, 0].shape))
+    assert max(found.values()) < FLOAT32, found
+
+
 def test_outputs_that_nobody_reads_have_no_gradient(draw):
     x = [draw(1, 70, 2).requires_grad_(), draw(1, 70, 2, 12).requires_grad_()]
     for index in range(3):
