@@ -7,7 +7,7 @@ to ``tests/kernels/test_gpu.py``. What is proven here: the algebra, every mask, 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from types import SimpleNamespace
 
@@ -17,7 +17,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from attnlab.kernels import arguments, decay_launch
-from attnlab.kernels.decay_launch import LinearDecay, Sweeps, Tiles, tiles_for
+from attnlab.kernels.decay_function import LinearDecay
+from attnlab.kernels.decay_launch import Sweeps, Tiles, tiles_for
 from attnlab.kernels.dispatch import rows
 from attnlab.kernels.launch import Launcher
 from attnlab.kernels.packed import Sequences
@@ -388,13 +389,58 @@ def test_gradients_obey_eulers_identity(draw):
         torch.testing.assert_close(inner, wanted, rtol=1e-5, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_a_decay_that_wants_no_gradient_gets_none(draw):
-    case = Case()
+CONSTANT = {
+    "as wide keys as values": CASES["as wide keys as values"],
+    "one piece": Case(values=12),
+    "one token": Case(length=1, values=12),
+    "two slices, views": Case(width=20, joint=True),
+    "two pieces": Case(length=70, values=12, pieces=2),
+    "three pieces, the last of one token, gates": Case(length=33, batch=1, values=12, pieces=3, gated=True),
+    "packed, in pieces, two slices": Case(length=150, batch=1, width=20, pieces=3, bounds=(0, 7, 130, 150)),
+    "two pieces, two slices, state": CASES["as wide keys as values, two slices, pieces, state"],
+    "three pieces of three parts": Case(length=278, batch=1, values=12, pieces=3, parts=3),
+    "packed, in pieces of two parts, state": replace(CASES["packed, in pieces of two parts"], values=12),
+    "more values than keys, two pieces": CASES["two pieces"],
+}
+
+
+@pytest.mark.parametrize("case", CONSTANT.values(), ids=CONSTANT)
+def test_gradients_beside_a_constant_decay(case, draw):
     x = leaves(case, draw)
-    x["log_decay"] = x["log_decay"].detach()
-    kernel(case, x)[0].sum().backward()
+    x["log_decay"].requires_grad_(False)
+    exact = {key: tensor.detach().double().requires_grad_(tensor.requires_grad) for key, tensor in x.items()}
+    o, final = kernel(case, x)
+    wanted_o, wanted_final = reference(case, exact)
+    losses = [(o, draw(*o.shape)), (final, draw(*final.shape))][: 2 if case.state else 1]
+    torch.autograd.backward(*zip(*losses, strict=True))
+    torch.autograd.backward([wanted_o, wanted_final][: len(losses)], [d.double() for _, d in losses])
     assert x["log_decay"].grad is None
-    assert all(x[name].grad is not None for name in "qkv")
+    wanting = [key for key in x if key != "log_decay"]
+    compare({key: x[key].grad for key in wanting}, {key: exact[key].grad for key in wanting}, FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("case", "wanted"),
+    [
+        (Case(values=12), ["_together"]),
+        (Case(length=70, values=12, pieces=2), ["_piece_updates", "_together"]),
+        (Case(length=278, values=12, batch=1, pieces=3, parts=3), ["_single", "_piece_updates", "_together"]),
+        (Case(values=12, state=True), ["_single", "_together"]),
+        (Case(), ["_single"] * 3),
+    ],
+)
+def test_gradients_take_as_few_launches_as_they_can(case, wanted, draw, monkeypatch):
+    """Together where nothing has to come first; a long first pass runs beside dq, on a GPU."""
+    x = leaves(case, draw)
+    x["log_decay"].requires_grad_(False)
+    o, _ = kernel(case, x)
+    launched = []
+    launch = Launcher.launch
+    monkeypatch.setattr(
+        Launcher, "launch", lambda self, *rest: (launched.append(self.kernel.fn.__name__), launch(self, *rest))
+    )
+    o.sum().backward()
+    assert launched == wanted
 
 
 def test_offsets_beyond_32_bits_are_noticed():

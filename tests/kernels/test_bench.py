@@ -297,6 +297,34 @@ def test_the_table_shows_who_wins():
     assert "  flex_attention, softmax: skipped: about 70 ms a call, more than 60 (1 x)" in lines
 
 
+def test_the_table_tells_who_wins_without_the_host():
+    table = report.tables(
+        [
+            row("attnlab", 0.8, graph_ms=0.2),
+            row("fla chunk_simple_gla", 0.4, graph_ms=0.3),
+            row("fla chunk_lightning_attn", 0.5, graph_ms=None),
+        ]
+    )
+    assert "0.400 ms (the peer wins, ours 0.50x, 1.50x without the host)" in table
+
+
+@pytest.mark.parametrize(("found", "wanted"), [(0.25, 0.25), (RuntimeError("operation not permitted"), None)])
+def test_a_graph_is_timed_where_it_can_be_caught(found, wanted, monkeypatch):
+    testing = pytest.importorskip("triton.testing")
+    asked = []
+
+    def replayed(call, rep, *, grad_to_none, return_mode):
+        asked.append((rep, grad_to_none, return_mode))
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(testing, "do_bench_cudagraph", replayed)
+    leaf = torch.zeros(1, requires_grad=True)
+    assert measure.graph_time(lambda: None, iter([leaf])) == wanted
+    assert asked == [(measure.GRAPH_MS, [leaf], "median")]
+
+
 def test_the_command_names_the_records_folder_only():
     given = ["--out", "/somewhere/private/linear.json", "--quick"]
     assert report._in_records(given) == ["--out", "records/linear.json", "--quick"]

@@ -41,6 +41,7 @@ class Case:
     heads: int = 3
     state: bool = True
     bounds: tuple[int, ...] | None = None
+    learns: bool = True  # whether the decay wants a gradient
 
     @property
     def sequences(self) -> int:
@@ -48,7 +49,8 @@ class Case:
 
     def __str__(self) -> str:
         parts = [str(self.dtype).removeprefix("torch."), f"T{self.length}", f"K{self.width}", f"V{self.values}"]
-        return "-".join([*parts, self.decay, *(["packed"] if self.bounds else [])])
+        marks = {"packed": self.bounds, "state": self.state, "constant": not self.learns}
+        return "-".join([*parts, self.decay, *[name for name, there in marks.items() if there]])
 
 
 @pytest.fixture
@@ -77,7 +79,7 @@ def inputs(case: Case, draw) -> dict[str, Tensor]:
         x["log_decay"] = -rate * torch.logspace(math.log10(0.02), math.log10(0.5), case.heads, device="cuda")
     if case.state:
         x["initial_state"] = draw(case.sequences, case.heads, case.width, case.values)
-    return {name: part.detach().requires_grad_() for name, part in x.items()}
+    return {name: part.detach().requires_grad_(case.learns or name != "log_decay") for name, part in x.items()}
 
 
 def kernel(case: Case, x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -232,6 +234,78 @@ def repeats(form, x: dict[str, Tensor], d: list[Tensor]) -> None:
 @pytest.mark.parametrize("case", [CASES[1], CASES[10], LONG[0], LONG[5], LONG[-1], LONG[-2]], ids=str)
 def test_the_same_inputs_give_the_same_bits(case, draw):
     repeats(lambda y: kernel(case, y), inputs(case, draw), upstream(case, draw))
+
+
+CONSTANT = [  # which of the launches go together depends on K = V, on states, and on how the sequences are cut
+    *(Case(BFLOAT16, width, width, "head", learns=False, state=state) for width in (64, 100, 128) for state in (False, True)),
+    Case(BFLOAT16, 128, 128, "token", learns=False, state=False),
+    Case(BFLOAT16, 64, 128, "head", learns=False, state=False),
+    Case(BFLOAT16, 256, 256, "head", learns=False, state=False),
+    *(Case(dtype, 64, 64, "none", learns=False, state=False) for dtype in (FLOAT32, FLOAT16)),
+    *(Case(BFLOAT16, 64, 64, decay, learns=False, state=False, batch=1, length=9000) for decay in ("none", "head", "token")),
+    *(
+        Case(dtype, 128, 128, "head", learns=False, state=False, batch=1, length=9000, bounds=(0, 1, 130, 4226, 8300, 9000))
+        for dtype in (BFLOAT16, FLOAT32)
+    ),
+    # the first pass of the way back runs on a second stream
+    *(Case(BFLOAT16, 128, 128, decay, learns=False, state=state, batch=4, length=16_384, heads=16)
+      for decay, state in (("head", False), ("none", False), ("head", True))),
+]  # fmt: skip
+
+
+def outputs_of(case: Case, form: Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]) -> Callable[..., list[Tensor]]:
+    """Outputs and final state, the latter only if a state came in: its gradient decides what goes together, too."""
+    return lambda x: list(form(x))[: 2 if case.state else 1]
+
+
+@pytest.mark.parametrize("case", CONSTANT, ids=str)
+def test_gradients_beside_a_constant_decay(case, draw):
+    x, d = inputs(case, draw), upstream(case, draw)
+    got = everything(outputs_of(case, lambda y: kernel(case, y)), x, d[: 2 if case.state else 1])
+    wanted = everything(outputs_of(case, lambda y: chunked64(case, y)), doubled(x), d[: 2 if case.state else 1])
+    below(errors(got, wanted), LIMITS[case.dtype])
+
+
+@pytest.mark.parametrize("case", [CONSTANT[0], CONSTANT[4], CONSTANT[12], *CONSTANT[-3:]], ids=str)
+def test_gradients_beside_a_constant_decay_repeat_to_the_bit(case, draw):
+    d = upstream(case, draw)[: 2 if case.state else 1]
+    repeats(outputs_of(case, lambda y: kernel(case, y)), inputs(case, draw), d)
+
+
+@pytest.mark.parametrize("case", [CONSTANT[0], CONSTANT[-3], CASES[1]], ids=str)
+def test_the_gradient_of_transposed_outputs(case, draw):
+    """It comes in the memory order [B, H, T, V]. Its numbers are the same, so the results are, to the bit."""
+    x, (d, *_) = inputs(case, draw), upstream(case, draw)
+    plain = everything(lambda y: [kernel(case, y)[0]], x, [d])
+    across = d.transpose(1, 2).contiguous()
+    turned = everything(lambda y: [kernel(case, y)[0].transpose(1, 2)], x, [across])
+    different = [name for name in plain if name != "output 0" and not torch.equal(plain[name], turned[name])]
+    assert not different
+
+
+@pytest.mark.parametrize("case", [CONSTANT[0], CONSTANT[-3], CASES[1]], ids=str)
+def test_a_cuda_graph_of_forward_and_backward(case, draw):
+    """Replayed on other numbers: nothing on the host may look at them, and a second stream must be caught, too."""
+    x, (d, *_) = inputs(case, draw), upstream(case, draw)
+
+    def step() -> dict[str, Tensor]:
+        return everything(lambda y: [kernel(case, y)[0]], x, [d])
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        caught = step()
+    with torch.no_grad():
+        for name in "qkv":
+            x[name].copy_(draw(*x[name].shape))
+    graph.replay()
+    wanted = step()
+    different = [name for name in wanted if not torch.equal(caught[name], wanted[name])]
+    assert not different
 
 
 def test_the_state_may_be_left_out(draw):

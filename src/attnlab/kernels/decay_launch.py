@@ -1,7 +1,8 @@
-"""Launches of the sweeps of `attnlab.kernels.decay_sweep`: sizes, pieces, packed sequences, and the autograd function.
+"""Launches of the sweeps of `attnlab.kernels.decay_sweep`: sizes, pieces and packed sequences.
 
-Forward and backward are three launches: o, dq, and dv with dk (two more where K and V differ and these go apart). Sequences that
-are cut into pieces cost two more, and a decay that learns one (`attnlab.kernels.decay_gradient`).
+Forward is one launch. So is backward where all gradients go together: K = V, a constant decay, no states from or to elsewhere.
+Else dq goes ahead; and dv and dk go apart where K and V differ or a decay learns, which is a launch more
+(`attnlab.kernels.decay_gradient`). Sequences that are cut into pieces cost a first pass in each direction.
 """
 
 from __future__ import annotations
@@ -12,11 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from attnlab.kernels.decay_gradient import Boundaries, boundaries, decay_gradient
-from attnlab.kernels.decay_sweep import _piece_updates, _single, _twins
-from attnlab.kernels.dispatch import cdiv, dot_precision, multiprocessors, padded, rows
+from attnlab.kernels.decay_gradient import Boundaries, boundaries
+from attnlab.kernels.decay_sweep import _piece_updates, _single, _together
+from attnlab.kernels.dispatch import cdiv, dot_precision, multiprocessors, padded
 from attnlab.kernels.packed import Sequences
 
 
@@ -69,12 +69,15 @@ class Updates(NamedTuple):
     """What every part of a piece alone adds to the state: [parts, H, K, V], and its total log decay [parts, H] with gates."""
 
     states: Tensor
-    sums: Tensor
+    sums: Tensor | None
 
     @property
     def mT(self) -> Updates:
         """The same, for states written transposed."""
         return Updates(self.states.mT, self.sums)
+
+
+NONE = (None, None)
 
 
 class Sweeps:
@@ -98,12 +101,13 @@ class Sweeps:
         self.sizes = (self.length, self.heads, pieces.bounds[-1], self.piece, self.part)
         self.dot = dot_precision(q)
         self.half = q.dtype != torch.float32 and q.is_cuda  # the interpreter's bfloat16 is wrong
-        self.key = (*self.sizes, log_decay.dim(), tiles)
+        self.gated = log_decay.dim() == 3
+        self.key = (*self.sizes, self.gated, tiles)
 
     @property
     def constants(self) -> dict[str, Any]:
         """Of every launch."""
-        gated, packed = self.log_decay.dim() == 3, self.sequences.packed is not None
+        gated, packed = self.gated, self.sequences.packed is not None
         return {"C": self.tiles.chunk, "GATED": gated, "VARLEN": packed, "DOT": self.dot, "num_warps": self.tiles.warps}
 
     @property
@@ -118,11 +122,11 @@ class Sweeps:
         width, channels = k.shape[-1], v.shape[-1]
         parts = self.parts.bounds[-1]
         states = torch.empty(self.batch * parts, self.heads, width, channels, device=self.device)
-        sums = torch.empty(self.batch * parts, self.heads, device=self.device)
+        sums = torch.empty(states.shape[:2], device=self.device) if self.gated else None
         slices = min(self.tiles.slice, 32)  # a part is one chain of small steps, and more programs are there to wait
         steps = [x.stride() for x in (k, v)]
         _piece_updates.launch(
-            (len(sums) * self.heads * cdiv(channels, slices),),
+            (self.batch * parts * self.heads * cdiv(channels, slices),),
             (k, v, self.log_decay, states, sums, self.sequences.packed, self.parts.packed, self.part_owner),
             (*self.key, parts, width, channels, *steps, reverse),
             lambda: (
@@ -150,7 +154,8 @@ class Sweeps:
         def joined() -> Updates | None:
             here.wait_stream(side)
             for x in updates or ():
-                x.record_stream(here)
+                if x is not None:
+                    x.record_stream(here)
             return updates
 
         return joined
@@ -185,7 +190,7 @@ class Sweeps:
         steps = [x.stride() for x in (q, k, v, q if mine is None else mine)]
         _single.launch(
             self._grid(channels),
-            (q, k, v, self.log_decay, out, start, *(updates or (None, None)), last, *self.places, mine, *behind, self.scale),
+            (q, k, v, self.log_decay, out, start, *(updates or NONE), last, *self.places, mine, *behind, self.scale),
             (*self.key, width, channels, *steps, layout, reverse, keep is None),
             lambda: (
                 (*self.sizes, *[step for x in steps for step in x[:3]], *layout),
@@ -197,6 +202,31 @@ class Sweeps:
             ),
         )  # fmt: skip
         return out, last
+
+    def gradients(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        d_out: Tensor,
+        *,
+        start: Tensor | None,
+        behind: Updates | None,
+        d_final: Tensor | None,
+        final: bool,
+        edges: Boundaries | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """dq, dk, dv and, if `final`, the state before the first token from the right, as in :meth:`keys_and_values`.
+
+        `start` and `behind` are the state and the updates of the forward sweep. In one launch if nothing has to come first: neither
+        the states that a gradient of the decay keeps, nor a long first pass, which hides beside dq.
+        """
+        if k.shape[-1] == v.shape[-1] and self.tiles.parts == 1 and start is None and d_final is None and edges is None:
+            return self._together(q, k, v, d_out, behind, updates=self.updates(q, d_out, reverse=True), queries=True)
+        ahead = self.ahead(q, d_out)
+        dq, _ = self.sweep(d_out, v, k, start=_mT(start), updates=_mT(behind), keep=edges, mine=q)
+        how: Any = {"start": d_final, "updates": ahead(), "meet": edges}
+        return dq, *self.keys_and_values(q, k, v, d_out, **how, final=final)
 
     def keys_and_values(
         self,
@@ -211,21 +241,34 @@ class Sweeps:
         meet: Boundaries | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """dk, dv and, if `final`, the state [N, H, K, V] before the first token, from the right."""
-        if k.shape[-1] != v.shape[-1] or meet is not None:  # the meeting needs the registers of both
-            back: Any = {"reverse": True, "start": start, "updates": updates}
-            dv, first = self.sweep(k, q, d_out, **back, final=final)
-            return (
-                self.sweep(v, d_out, q, reverse=True, start=_mT(start), updates=_mT(updates), meet=meet, mine=k)[0],
-                dv,
-                first,
-            )
+        if k.shape[-1] == v.shape[-1] and meet is None:  # the meeting needs the registers of both
+            return self._together(q, k, v, d_out, start=start, updates=updates, final=final)[1:]
+        back: Any = {"reverse": True, "start": start, "updates": updates}
+        dv, first = self.sweep(k, q, d_out, **back, final=final)
+        across: Any = {"reverse": True, "start": _mT(start), "updates": _mT(updates)}
+        return self.sweep(v, d_out, q, **across, meet=meet, mine=k)[0], dv, first
+
+    def _together(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        d_out: Tensor,
+        behind: Updates | None = None,
+        *,
+        start: Tensor | None = None,
+        updates: Updates | None = None,
+        final: bool = False,
+        queries: bool = False,
+    ) -> tuple[Any, Tensor, Tensor, Tensor | None]:
+        """dq if `queries`, dk, dv, and the state before the first token, from the right, if `final`: all in one launch, for K = V."""
         width = k.shape[-1]
-        dk, dv = _blank(k), _blank(v)
+        dq, dk, dv = _blank(q) if queries else None, _blank(k), _blank(v)
         first = torch.empty(self.count, self.heads, width, width, device=self.device) if final else None
         steps = [x.stride() for x in (q, k, v, d_out)]
-        _twins.launch(
-            (2 * self._grid(width)[0],),
-            (q, k, v, d_out, self.log_decay, dk, dv, start, *(updates or (None, None)), first, *self.places, self.scale),
+        _together.launch(
+            ((3 if queries else 2) * self._grid(width)[0],),
+            (q, k, v, d_out, self.log_decay, dq, dk, dv, *(behind or NONE), start, *(updates or NONE), first, *self.places, self.scale),
             (*self.key, width, *steps),
             lambda: (
                 (*self.sizes, *[step for x in steps for step in x[:3]]),
@@ -235,7 +278,7 @@ class Sweeps:
                 },
             ),
         )  # fmt: skip
-        return dk, dv, first
+        return dq, dk, dv, first
 
     def boundaries(self, q: Tensor, v: Tensor) -> Boundaries:
         """Room for what `keep` and `meet` write."""
@@ -243,40 +286,6 @@ class Sweeps:
 
     def _grid(self, channels: int) -> tuple[int]:
         return (self.pieces * self.heads * cdiv(channels, self.tiles.slice),)
-
-
-class LinearDecay(torch.autograd.Function):
-    """Four sweeps: one forward, three backward."""
-
-    @staticmethod
-    def forward(ctx: Any, q, k, v, log_decay, start, scale, sequences, tiles, with_state=True):
-        ctx.set_materialize_grads(False)
-        sweeps = Sweeps(q, log_decay, scale, tiles, sequences)
-        updates = sweeps.updates(k, v)
-        out, final = sweeps.sweep(q, k, v, start=start, updates=updates, final=with_state)
-        ctx.save_for_backward(q, k, v, log_decay, start, *(updates or ()))
-        ctx.sweeps = sweeps
-        return out, final
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out, d_final):
-        q, k, v, g, start, *pieces = ctx.saved_tensors
-        sweeps = ctx.sweeps
-        d_out = torch.zeros_like(v) if d_out is None else rows(d_out)
-        # The states run with the inputs here and with d_out below; each sweep scales what it reads, hence the division.
-        d_final = None if d_final is None else d_final.float().contiguous() / sweeps.scale
-        edges = sweeps.boundaries(q, v) if ctx.needs_input_grad[3] else None
-        behind = Updates(*pieces) if pieces else None
-        ahead = sweeps.ahead(q, d_out)
-        dq, _ = sweeps.sweep(d_out, v, k, start=_mT(start), updates=_mT(behind), keep=edges, mine=q)
-        how: Any = {"start": d_final, "updates": ahead(), "meet": edges}
-        dk, dv, d_start = sweeps.keys_and_values(q, k, v, d_out, **how, final=ctx.needs_input_grad[4])
-        dg = None
-        if edges is not None:
-            dg = decay_gradient(edges, sweeps.scale, sweeps.tiles.chunk, sweeps.sequences)
-            dg = dg if g.dim() == 3 else dg.sum((0, 1))
-        return dq, dk, dv, dg, None if d_start is None else d_start * sweeps.scale, None, None, None, None
 
 
 def _blank(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 
     out_t = scale * sum_{s <= t} exp(L_t - L_s) (q_t . k_s) v_s   +   scale * exp(L_t) q_t . start
 
-with L the running sum of the log decay; `REVERSE` sums over s >= t with exp(L_s - L_t). The three gradients are this same product
+with L the running sum of the log decay; `reverse` sums over s >= t with exp(L_s - L_t). The three gradients are this same product
 with the roles exchanged (Lightning Attention-2, arXiv:2401.04658, section 3.3):
 
     o  = sweep(q, k, v)             dv = sweep(k, q, do, reverse)
@@ -77,10 +77,10 @@ def _remembered(g, length, steps):
 
 
 @triton.jit
-def _state(ptr, ks, vs, state_k, state_v, values, K: tl.constexpr, V: tl.constexpr, TWINS: tl.constexpr):
-    """The state [BK, BV] at `ptr`. Of twins, who makes dk reads the state of dv transposed, but row by row all the same."""
+def _state(ptr, ks, vs, state_k, state_v, values, K: tl.constexpr, V: tl.constexpr, TOGETHER: tl.constexpr):
+    """The state [BK, BV] at `ptr`. Of programs TOGETHER, only those of dv read it as it lies, the others transposed, but row by row."""
     here = (ks < K)[:, None] & (vs < V)[None, :]
-    if TWINS:
+    if TOGETHER:
         state = tl.load(ptr + ks[:, None] * V + vs[None, :], mask=here & values, other=0.0)
         across = (vs < V)[:, None] & (ks < K)[None, :]
         return state + tl.trans(tl.load(ptr + vs[:, None] * V + ks[None, :], mask=across & (values == 0), other=0.0))
@@ -146,20 +146,20 @@ def _piece_updates(
 
 @triton.jit
 def _sweep(
-    program, q_ptr, k_ptr, v_ptr, g_ptr, out_ptr, start_ptr, updates_ptr, sums_ptr, final_ptr, bounds_ptr, pieces_ptr, owner_ptr,
+    program, reverse, q_ptr, k_ptr, v_ptr, g_ptr, out_ptr, start_ptr, updates_ptr, sums_ptr, final_ptr, bounds_ptr, pieces_ptr, owner_ptr,
     parts_ptr, mine_ptr, chunks_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, PIECES, piece, part,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, mine_b, mine_t, mine_h, state_k, state_v, values,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    REVERSE: tl.constexpr, GATED: tl.constexpr, FAR: tl.constexpr, VARLEN: tl.constexpr, START: tl.constexpr, FINAL: tl.constexpr,
-    SPLIT: tl.constexpr, KEEP: tl.constexpr, MEET: tl.constexpr, DOT: tl.constexpr, HALF: tl.constexpr, TWINS: tl.constexpr,
+    GATED: tl.constexpr, FAR: tl.constexpr, VARLEN: tl.constexpr, START: tl.constexpr, FINAL: tl.constexpr,
+    SPLIT: tl.constexpr, KEEP: tl.constexpr, MEET: tl.constexpr, DOT: tl.constexpr, HALF: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """One program's share. Of twins, `values` says whether this one makes dv, whose states FINAL and all others are."""
+    """One program's share, from the right or not. Of programs TOGETHER, `values` says whether this one makes dv: states lie as its."""
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = program % NV
     i_h = program // NV % H
     i_p = program // NV // H
-    if SPLIT and not REVERSE:  # first those who have the most to read before they start
-        i_p = tl.num_programs(0) // NV // H - 1 - i_p
+    if SPLIT and not TOGETHER:  # first those who have the most to read before they start
+        i_p = tl.where(reverse, i_p, tl.num_programs(0) // NV // H - 1 - i_p)
     i_n, begin, length, first = _place(i_p, bounds_ptr, pieces_ptr, owner_ptr, T, PIECES, piece, VARLEN)
     last = tl.minimum(first + piece, length)
     row = begin * 0 if VARLEN else i_n
@@ -182,41 +182,39 @@ def _sweep(
 
     state = tl.zeros([BK, BV], dtype=tl.float32)
     if START:
-        state += _state(start_ptr + (i_n * H + i_h) * K * V, ks, vs, state_k, state_v, values, K, V, TWINS)
+        state += _state(start_ptr + (i_n * H + i_h) * K * V, ks, vs, state_k, state_v, values, K, V, TOGETHER)
     if SPLIT:  # what the parts passed before this piece have written
         part0 = tl.load(parts_ptr + i_n) if VARLEN else (i_n * tl.cdiv(T, part)).to(tl.int32)
         parts = tl.cdiv(length, part)
-        passed = tl.maximum(parts - (first + piece) // part, 0) if REVERSE else first // part
+        passed = tl.where(reverse, tl.maximum(parts - (first + piece) // part, 0), first // part)
         reach = passed if GATED else _remembered(g, part, passed)
         if reach < passed:
             state *= 0.0
         for i in range(passed - reach, passed):
-            j = parts - 1 - i if REVERSE else i
+            j = tl.where(reverse, parts - 1 - i, i)
             if GATED:
                 decay = tl.load(sums_ptr + (part0 + j) * H + i_h)
             else:
                 decay = tl.minimum(part, length - j * part) * g
             at = updates_ptr + ((part0 + j) * H + i_h).to(tl.int64) * K * V
-            state = state * tl.exp(decay) + _state(at, ks, vs, state_k, state_v, values, K, V, TWINS)
+            state = state * tl.exp(decay) + _state(at, ks, vs, state_k, state_v, values, K, V, TOGETHER)
 
-    if REVERSE:
-        seen = cs[:, None] <= cs[None, :]
-    else:
-        seen = cs[:, None] >= cs[None, :]
+    way = tl.where(reverse, -1, 1)
+    seen = (cs[:, None] - cs[None, :]) * way >= 0
     chunks = tl.cdiv(last - first, C)
-    ahead = _gates(g_ptr, first + ((chunks - 1) * C if REVERSE else 0) + cs, first, last, H, GATED)
+    ahead = _gates(g_ptr, first + tl.where(reverse, (chunks - 1) * C, 0) + cs, first, last, H, GATED)
     if KEEP or MEET:  # numbers of (chunk, head), through all sequences: states behind chunks, for a decay that learns
-        edge = (chunk0 + first // C + (chunks - 1 if REVERSE else 0)) * H + i_h
+        edge = (chunk0 + first // C + tl.where(reverse, chunks - 1, 0)) * H + i_h
         at_kept = ks[:, None] * V + vs[None, :]
     if MEET:
         kept = tl.load(kept_ptr + edge * K * V + at_kept, mask=in_state, other=0.0)
         tl.store(products_ptr + edge * NV + i_v, tl.sum(kept.to(tl.float32) * state))
     for i in range(chunks):
-        c0 = first + ((chunks - 1 - i) if REVERSE else i) * C
+        c0 = first + tl.where(reverse, chunks - 1 - i, i) * C
         t = (c0 + cs).to(tl.int64) if FAR else c0 + cs
         inside = t < last
         b, total = _running_decay(ahead if GATED else g, tl.minimum(last - c0, C), GATED, C)
-        ahead = _gates(g_ptr, t - C if REVERSE else t + C, first, last, H, GATED)
+        ahead = _gates(g_ptr, t + way * C, first, last, H, GATED)
         wide = inside[:, None] & in_v[None, :]
         if KEEP or MEET:  # for the end of this step: nobody waits for them
             mine = tl.load(mine_ptr + t[:, None] * mine_t + vs[None, :], mask=wide, other=0.0)
@@ -227,13 +225,11 @@ def _sweep(
         q = tl.load(q_ptr + t[:, None] * q_t + ks[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)
         k = tl.load(k_ptr + t[:, None] * k_t + ks[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)
         v = tl.load(v_ptr + t[:, None] * v_t + vs[None, :], mask=inside[:, None] & in_v[None, :], other=0.0)
-        if REVERSE:
-            log_weight = b[None, :] - b[:, None]
-            read, write = tl.exp(tl.minimum(total - b, 0.0)), tl.exp(b)
-        else:
-            log_weight = b[:, None] - b[None, :]
-            read, write = tl.exp(b), tl.exp(tl.minimum(total - b, 0.0))
-        weight = scale * tl.exp(tl.where(seen, log_weight, float("-inf")))  # no positive exponent, no inf * 0
+        left, right = tl.exp(b), tl.exp(tl.minimum(total - b, 0.0))  # from the chunk's first token and to its last
+        read, write = tl.where(reverse, right, left), tl.where(reverse, left, right)
+        weight = scale * tl.exp(
+            tl.where(seen, (b[:, None] - b[None, :]) * way, float("-inf"))
+        )  # no positive exponent, no inf * 0
         written = (v * write[:, None]).to(k.dtype)
         if HALF:  # as bfloat16: without decay the state can outgrow float16's range
             out = tl.dot(q.to(tl.bfloat16), state.to(tl.bfloat16))
@@ -252,7 +248,7 @@ def _sweep(
         if MEET:
             tl.store(products_ptr + edge * NV + i_v, tl.sum(kept.to(tl.float32) * state), mask=more)
     if FINAL:  # the program that passed last over its (sequence, head)
-        if first == 0 if REVERSE else last == length:
+        if tl.where(reverse, first == 0, last == length):
             at = final_ptr + (i_n * H + i_h) * K * V + ks[:, None] * state_k + vs[None, :] * state_v
             tl.store(at, state, mask=in_state & values)
 
@@ -269,37 +265,52 @@ def _single(
 ):  # fmt: skip
     """One sweep."""
     _sweep(
-        tl.program_id(0), q_ptr, k_ptr, v_ptr, g_ptr, out_ptr, start_ptr, updates_ptr, sums_ptr, final_ptr, bounds_ptr, pieces_ptr, owner_ptr,
+        tl.program_id(0), REVERSE, q_ptr, k_ptr, v_ptr, g_ptr, out_ptr, start_ptr, updates_ptr, sums_ptr, final_ptr, bounds_ptr, pieces_ptr, owner_ptr,
         parts_ptr, mine_ptr, chunks_ptr, kept_ptr, products_ptr, rows_ptr, scale, T, H, PIECES, piece, part,
         q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, mine_b, mine_t, mine_h, state_k, state_v, True,
-        K, V, BK, BV, C, REVERSE, GATED, FAR, VARLEN, START, FINAL, SPLIT, KEEP, MEET, DOT, HALF, False,
+        K, V, BK, BV, C, GATED, FAR, VARLEN, START, FINAL, SPLIT, KEEP, MEET, DOT, HALF, False,
     )  # fmt: skip
+
+
+@triton.jit
+def _pick(role, of_values, of_keys, of_queries):
+    return tl.where(role == 0, of_values, tl.where(role == 1, of_keys, of_queries))
 
 
 @remembered
 @triton.jit
-def _twins(
-    q_ptr, k_ptr, v_ptr, do_ptr, g_ptr, dk_ptr, dv_ptr, start_ptr, updates_ptr, sums_ptr, final_ptr, bounds_ptr, pieces_ptr, owner_ptr,
-    parts_ptr, scale, T, H, PIECES, piece, part, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
+def _together(
+    q_ptr, k_ptr, v_ptr, do_ptr, g_ptr, dq_ptr, dk_ptr, dv_ptr, behind_ptr, behind_sums_ptr, start_ptr, updates_ptr, sums_ptr, final_ptr,
+    bounds_ptr, pieces_ptr, owner_ptr, parts_ptr, scale, T, H, PIECES, piece, part,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
     K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     GATED: tl.constexpr, FAR: tl.constexpr, VARLEN: tl.constexpr, START: tl.constexpr, FINAL: tl.constexpr,
     SPLIT: tl.constexpr, DOT: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """dv and dk at once, for K = V. Both read q, k, v and do: what a program of one loads, its neighbour of the other has in cache.
+    """dv, dk and, where there is a place for it, dq, for K = V. What a program loads, its neighbours of the others have in cache.
 
-    A program picks its pointers; two copies of the loop would need the registers and the shared memory of both.
+    A program picks its pointers; copies of the loop would need the registers and the shared memory of all.
     """
     NV: tl.constexpr = (K + BV - 1) // BV
-    pair = tl.program_id(0) % (2 * NV)
-    values = pair < NV  # this program's are those of dv = sweep(k, q, do); the others' of dk = sweep(v, do, q)
+    ROLES: tl.constexpr = (
+        2 if dq_ptr is None else 3
+    )  # sweep(k, q, do), sweep(v, do, q) and, from the left, sweep(do, v, k)
+    role = tl.program_id(0) % (ROLES * NV) // NV
+    out_ptr = tl.where(role == 0, dv_ptr, dk_ptr)
+    if dq_ptr is not None:
+        out_ptr = tl.where(role == 2, dq_ptr, out_ptr)
+        if SPLIT:
+            updates_ptr = tl.where(role == 2, behind_ptr, updates_ptr)
+        if SPLIT and GATED:
+            sums_ptr = tl.where(role == 2, behind_sums_ptr, sums_ptr)
     _sweep(
-        tl.program_id(0) // (2 * NV) * NV + pair % NV,
-        tl.where(values, k_ptr, v_ptr), tl.where(values, q_ptr, do_ptr), tl.where(values, do_ptr, q_ptr), g_ptr,
-        tl.where(values, dv_ptr, dk_ptr), start_ptr, updates_ptr, sums_ptr, final_ptr, bounds_ptr, pieces_ptr, owner_ptr,
+        tl.program_id(0) // (ROLES * NV) * NV + tl.program_id(0) % NV, role < 2,
+        _pick(role, k_ptr, v_ptr, do_ptr), _pick(role, q_ptr, do_ptr, v_ptr), _pick(role, do_ptr, q_ptr, k_ptr), g_ptr,
+        out_ptr, start_ptr, updates_ptr, sums_ptr, final_ptr, bounds_ptr, pieces_ptr, owner_ptr,
         parts_ptr, None, None, None, None, None, scale, T, H, PIECES, piece, part,
-        tl.where(values, k_b, v_b), tl.where(values, k_t, v_t), tl.where(values, k_h, v_h),
-        tl.where(values, q_b, do_b), tl.where(values, q_t, do_t), tl.where(values, q_h, do_h),
-        tl.where(values, do_b, q_b), tl.where(values, do_t, q_t), tl.where(values, do_h, q_h),
-        0, 0, 0, K, 1, values,
-        K, K, BK, BV, C, True, GATED, FAR, VARLEN, START, FINAL, SPLIT, False, False, DOT, HALF, True,
+        _pick(role, k_b, v_b, do_b), _pick(role, k_t, v_t, do_t), _pick(role, k_h, v_h, do_h),
+        _pick(role, q_b, do_b, v_b), _pick(role, q_t, do_t, v_t), _pick(role, q_h, do_h, v_h),
+        _pick(role, do_b, q_b, k_b), _pick(role, do_t, q_t, k_t), _pick(role, do_h, q_h, k_h),
+        0, 0, 0, K, 1, role == 0,
+        K, K, BK, BV, C, GATED, FAR, VARLEN, START, FINAL, SPLIT, False, False, DOT, HALF, True,
     )  # fmt: skip

@@ -285,26 +285,25 @@ def tiles(length: int, chunk_size: int) -> list[dict[str, int]]:
 
 
 def kernel_source(name: str, first: str = "", last: str = "") -> Source:
-    """A function of the kernel's two files, or its lines from the one that starts with ``first`` to the one with ``last``.
+    """A function of the kernel's files, or its lines from the one that starts with ``first`` to the one with ``last``.
 
-    ``decay_sweep.py`` runs on the GPU, ``decay_launch.py`` sends it there. They are read, not imported: Triton exists for Linux alone,
-    and its functions hide their source from ``inspect``.
+    ``decay_sweep.py`` runs on the GPU, ``decay_launch.py`` sends it there, ``decay_function.py`` is what torch differentiates. They are
+    read, not imported: Triton exists for Linux alone, and its functions hide their source from ``inspect``.
 
     Args:
         name: such as ``_grow`` or ``LinearDecay.backward``.
-        first, last: how the first and the last line begin, without indentation; left out, the ends of the function. With
-            a line break in it, how two neighbouring lines begin; the first of them is meant.
+        first, last: how the first and the last line begin, without indentation; left out, the ends of the function.
 
     Raises:
         ValueError: no such function, or a beginning that none of its lines has: the text would show something else.
     """
-    for file in ("decay_sweep.py", "decay_launch.py"):
+    for file in ("decay_sweep.py", "decay_launch.py", "decay_function.py"):
         text = Path(__file__).with_name(file).read_text(encoding="utf-8")
         node = _within(ast.parse(text), name.split("."))
         if node is not None:
             break
     else:
-        raise ValueError(f"name={name!r}: decay_sweep.py and decay_launch.py have no such function")
+        raise ValueError(f"name={name!r}: decay_sweep.py, decay_launch.py and decay_function.py have no such function")
     assert isinstance(node, ast.FunctionDef | ast.ClassDef)
     lines = text.splitlines()[node.lineno - 1 : node.end_lineno]
     start = _line_that_starts(lines, first, 0, name)
@@ -323,9 +322,7 @@ def _within(node: ast.AST, parts: list[str]) -> ast.AST | None:
 
 
 def _line_that_starts(lines: list[str], beginning: str, after: int, name: str) -> int:
-    parts = beginning.split("\n")
-    for number in range(after, len(lines) - len(parts) + 1):
-        here = lines[number : number + len(parts)]
-        if all(line.lstrip().startswith(part) for line, part in zip(here, parts, strict=True)):
+    for number in range(after, len(lines)):
+        if lines[number].lstrip().startswith(beginning):
             return number
     raise ValueError(f"no line of {name} starts with {beginning!r}; look there for how it reads now")

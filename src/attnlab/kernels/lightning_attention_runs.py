@@ -341,6 +341,7 @@ SOURCES = tuple(
     for name in (
         "kernels/lightning_attention",
         "kernels/lightning_attention_runs",
+        "kernels/decay_function",
         "kernels/decay_launch",
         "kernels/decay_sweep",
         "kernels/linear_decay",

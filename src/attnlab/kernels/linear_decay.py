@@ -87,7 +87,8 @@ def linear_decay_attention(
     if not on_gpu("linear_decay_attention", q):
         out, final = _torch_form(q, k, v, log_decay, scale, initial_state, sequences)
         return out, final if return_state else None
-    from attnlab.kernels.decay_launch import LinearDecay, tiles_for
+    from attnlab.kernels.decay_function import LinearDecay
+    from attnlab.kernels.decay_launch import tiles_for
 
     q, k, v = rows(q), rows(k), rows(v)
     start = None if initial_state is None else initial_state.float().contiguous()

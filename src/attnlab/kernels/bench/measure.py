@@ -17,7 +17,7 @@ from attnlab.kernels.bench.problems import Problem, softmax_flops
 from attnlab.kernels.bench.registry import Case
 
 PASSES = ("forward", "forward+backward")
-WARMUP_MS, MEASURE_MS = 10, 40
+WARMUP_MS, MEASURE_MS, GRAPH_MS = 10, 40, 20
 SLOWEST_MS = 60.0  # a quadratic peer that would take longer is left out
 SOFTMAX_FLOPS = 600e12  # a second, to guess how long it would take
 
@@ -49,6 +49,8 @@ def measure(case: Case, problem: Problem, implementation: Implementation, exact:
             row |= _speed(
                 case, problem, implementation, backward, times(step, upstream.device, run.leaves.values()), bandwidth
             )
+            if upstream.is_cuda and implementation.same and not implementation.quadratic:
+                row["graph_ms"] = graph_time(step, run.leaves.values())
     except Exception as error:  # whatever a peer raises is a result, and must not end the others
         reason = (str(error).strip().splitlines() or [""])[0]
         for row in rows:
@@ -81,6 +83,20 @@ def times(call: Callable[[], object], device: torch.device, leaves: Iterable[Ten
         found.append(1e3 * (time.perf_counter() - start))
     fifths = statistics.quantiles(found, n=5, method="inclusive")
     return statistics.median(found), fifths[0], fifths[-1]
+
+
+def graph_time(call: Callable[[], object], leaves: Iterable[Tensor] = ()) -> float | None:
+    """Median milliseconds of calls that a CUDA graph replays one after the other, so that no host has to launch them.
+
+    What a GPU takes that always has work: with short calls :func:`times` measures how fast the host can launch. None for calls
+    that cannot be caught. The cache is not cleared; it holds a fraction of the tensors of any shape here.
+    """
+    from triton.testing import do_bench_cudagraph
+
+    try:
+        return float(do_bench_cudagraph(call, GRAPH_MS, grad_to_none=list(leaves), return_mode="median"))
+    except RuntimeError:
+        return None
 
 
 def upstream_of(problem: Problem) -> Tensor:

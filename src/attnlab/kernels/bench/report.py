@@ -16,7 +16,7 @@ import torch
 
 from attnlab import lab
 from attnlab.kernels import records
-from attnlab.kernels.bench.measure import MEASURE_MS, WARMUP_MS, Row
+from attnlab.kernels.bench.measure import GRAPH_MS, MEASURE_MS, WARMUP_MS, Row
 from attnlab.kernels.bench.peers import OURS
 
 SETTINGS = {
@@ -29,8 +29,8 @@ _SWEEPS = ("decay_gradient", "decay_launch", "decay_sweep", "packed")
 SOURCES_OF = {
     operator: tuple(f"kernels/{name}.py" for name in (*_ALL, *names))
     for operator, names in {
-        "linear_decay": (*_SWEEPS, "linear_decay"),
-        "scalar_gated": (*_SWEEPS, "linear_decay"),
+        "linear_decay": (*_SWEEPS, "decay_function", "linear_decay"),
+        "scalar_gated": (*_SWEEPS, "decay_function", "linear_decay"),
         "aaren_scan": ("aaren_scan", "packed", "prefix_softmax"),
         "causal_flow": (*_SWEEPS, "causal_flow", "flow_gates", "flow_gradients", "flow_sweep", "flow_walks"),
     }.items()
@@ -73,6 +73,7 @@ def provenance(
         | {
             "warmup_ms": WARMUP_MS,
             "measure_ms": MEASURE_MS,
+            "graph_ms": GRAPH_MS,
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
         },
         "sources": records.digests(sources_of(operators)),
@@ -147,6 +148,8 @@ def _line(group: list[Row]) -> str:
 def _against(ours: Row, peer: Row) -> str:
     ratio = peer["ms"] / ours["ms"]
     verdict = f"ours {ratio:.2f}x" if ratio >= 1 else f"the peer wins, ours {ratio:.2f}x"
+    if ours.get("graph_ms") and peer.get("graph_ms"):
+        verdict += f", {peer['graph_ms'] / ours['graph_ms']:.2f}x without the host"
     return f"{peer['impl']} {peer['ms']:.3f} ms ({verdict})"
 
 
