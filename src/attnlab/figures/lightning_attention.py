@@ -263,11 +263,16 @@ def speed_chart(frame: pd.DataFrame, title: str) -> alt.LayerChart:
     )
     y = alt.Y("rate:Q", title="tokens a second", scale=alt.Scale(domainMin=0), axis=alt.Axis(format="~s", tickCount=5))
     tooltip = ["model:N", alt.Tooltip("length:Q", format=","), alt.Tooltip("rate:Q", title="tokens/s", format=",.0f")]
-    named = alt.Chart(middle[middle.length == lengths[len(lengths) // 2]])  # a falling line leaves room there
+    ends = alt.Chart(middle[middle.length == lengths[-1]])  # where the curves are furthest apart
     chart: Any = alt.layer(
         alt.Chart(middle).mark_line(strokeWidth=2.5).encode(x=x, y=y, color=colour),
         alt.Chart(shown).mark_point(filled=True, size=35, opacity=0.6).encode(x=x, y=y, color=colour, tooltip=tooltip),
-        named.mark_text(align="left", dx=8, dy=-14, fontSize=13).encode(x=x, y=y, color=colour, text="model:N"),
+        *(
+            ends.transform_filter(alt.datum.model == model)
+            .mark_text(align="right", dx=-6, dy=dy, fontSize=13)
+            .encode(x=x, y=y, color=colour, text="model:N")
+            for model, dy in ((TNL, -14), (ROTARY, 16))  # below a line that falls
+        ),
     )
     return chart.properties(width=380, height=240, title=title)
 
