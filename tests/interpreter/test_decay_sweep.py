@@ -409,11 +409,10 @@ def test_gradients_beside_a_constant_decay(case, draw):
     x = leaves(case, draw)
     x["log_decay"].requires_grad_(False)
     exact = {key: tensor.detach().double().requires_grad_(tensor.requires_grad) for key, tensor in x.items()}
-    o, final = kernel(case, x)
-    wanted_o, wanted_final = reference(case, exact)
-    losses = [(o, draw(*o.shape)), (final, draw(*final.shape))][: 2 if case.state else 1]
-    torch.autograd.backward(*zip(*losses, strict=True))
-    torch.autograd.backward([wanted_o, wanted_final][: len(losses)], [d.double() for _, d in losses])
+    got, wanted = (form(case, y)[: 1 + case.state] for form, y in ((kernel, x), (reference, exact)))
+    d = [draw(*part.shape) for part in got]
+    torch.autograd.backward(got, d)
+    torch.autograd.backward(wanted, [part.double() for part in d])
     assert x["log_decay"].grad is None
     wanting = [key for key in x if key != "log_decay"]
     compare({key: x[key].grad for key in wanting}, {key: exact[key].grad for key in wanting}, FLOAT32)

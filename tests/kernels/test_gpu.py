@@ -253,23 +253,26 @@ CONSTANT = [  # which of the launches go together depends on K = V, on states, a
 ]  # fmt: skip
 
 
-def outputs_of(case: Case, form: Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]) -> Callable[..., list[Tensor]]:
+Form = Callable[[Case, dict[str, Tensor]], tuple[Tensor, Tensor]]
+
+
+def learned_from(case: Case, form: Form) -> Callable[[dict[str, Tensor]], tuple[Tensor, ...]]:
     """Outputs and final state, the latter only if a state came in: its gradient decides what goes together, too."""
-    return lambda x: list(form(x))[: 2 if case.state else 1]
+    return lambda x: form(case, x)[: 1 + case.state]
 
 
 @pytest.mark.parametrize("case", CONSTANT, ids=str)
 def test_gradients_beside_a_constant_decay(case, draw):
-    x, d = inputs(case, draw), upstream(case, draw)
-    got = everything(outputs_of(case, lambda y: kernel(case, y)), x, d[: 2 if case.state else 1])
-    wanted = everything(outputs_of(case, lambda y: chunked64(case, y)), doubled(x), d[: 2 if case.state else 1])
+    x, d = inputs(case, draw), upstream(case, draw)[: 1 + case.state]
+    got = everything(learned_from(case, kernel), x, d)
+    wanted = everything(learned_from(case, chunked64), doubled(x), d)
     below(errors(got, wanted), LIMITS[case.dtype])
 
 
 @pytest.mark.parametrize("case", [CONSTANT[0], CONSTANT[4], CONSTANT[12], *CONSTANT[-3:]], ids=str)
 def test_gradients_beside_a_constant_decay_repeat_to_the_bit(case, draw):
-    d = upstream(case, draw)[: 2 if case.state else 1]
-    repeats(outputs_of(case, lambda y: kernel(case, y)), inputs(case, draw), d)
+    x, d = inputs(case, draw), upstream(case, draw)[: 1 + case.state]
+    repeats(learned_from(case, kernel), x, d)
 
 
 @pytest.mark.parametrize("case", [CONSTANT[0], CONSTANT[-3], CASES[1]], ids=str)
