@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 from attnlab.kernels import arguments
 from attnlab.kernels import flow_sweep as sweeps
 from attnlab.kernels import flow_walks as walks
+from attnlab.kernels.decay_launch import Tiles
 from attnlab.kernels.flow_gates import flow_gates
 from attnlab.mixers.flow import FlowState, causal_flow_attention
 
@@ -316,6 +317,17 @@ def test_pieces_of_states(case, with_past, draw, monkeypatch):
     past = a_past(draw, *(0, 33, 5, 200, 61)[: batch if bounds is None else len(bounds) - 1]) if with_past else None
     assert walks.layout(qkv[0], rows_of(qkv[0], None if bounds is None else torch.tensor(bounds))).split
     found = all_errors(qkv, past, bounds, draw)
+    assert max(found.values()) < FLOAT32, found
+
+
+@pytest.mark.parametrize("read", [("o",), ("o", *SUMS)], ids=["outputs", "and the state"])
+@pytest.mark.parametrize("pieces", [1, 3])
+@pytest.mark.parametrize("bounds", [None, (0, 1, 70, 150)], ids=["rows", "packed"])
+def test_as_many_values_as_keys(bounds, pieces, read, draw, monkeypatch):
+    """Then gradients share a launch, all of them or two; the sweeps are cut as few sequences are on a GPU."""
+    monkeypatch.setattr(sweeps, "tiles_for", lambda q, v: Tiles(16, 16, 4, 1, pieces))
+    qkv = [draw(1 if bounds else B, 150, H, K) for _ in "qkv"]
+    found = all_errors(qkv, None, bounds, draw, read=read)
     assert max(found.values()) < FLOAT32, found
 
 

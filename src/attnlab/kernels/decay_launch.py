@@ -216,39 +216,28 @@ class Sweeps:
         final: bool,
         edges: Boundaries | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """dq, dk, dv and, if `final`, the state before the first token from the right, as in :meth:`keys_and_values`.
+        """dq, dk, dv and, if `final`, the state [N, H, K, V] before the first token, from the right.
 
         `start` and `behind` are the state and the updates of the forward sweep. In one launch if nothing has to come first: neither
         the states that a gradient of the decay keeps, nor a long first pass, which hides beside dq.
         """
-        if k.shape[-1] == v.shape[-1] and self.tiles.parts == 1 and start is None and d_final is None and edges is None:
-            return self._together(q, k, v, d_out, behind, updates=self.updates(q, d_out, reverse=True), queries=True)
+        square = k.shape[-1] == v.shape[-1]
+        states = start is not None or d_final is not None
+        if square and edges is None and not states and self.tiles.parts == 1:
+            updates = self.updates(q, d_out, reverse=True)
+            return self._in_one_launch(q, k, v, d_out, behind, updates=updates, final=final, queries=True)
         ahead = self.ahead(q, d_out)
         dq, _ = self.sweep(d_out, v, k, start=_mT(start), updates=_mT(behind), keep=edges, mine=q)
-        how: Any = {"start": d_final, "updates": ahead(), "meet": edges}
-        return dq, *self.keys_and_values(q, k, v, d_out, **how, final=final)
-
-    def keys_and_values(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        d_out: Tensor,
-        *,
-        start: Tensor | None = None,
-        updates: Updates | None = None,
-        final: bool = False,
-        meet: Boundaries | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """dk, dv and, if `final`, the state [N, H, K, V] before the first token, from the right."""
-        if k.shape[-1] == v.shape[-1] and meet is None:  # the meeting needs the registers of both
-            return self._together(q, k, v, d_out, start=start, updates=updates, final=final)[1:]
-        back: Any = {"reverse": True, "start": start, "updates": updates}
+        updates = ahead()
+        if square and edges is None:  # the meeting needs the registers of both
+            return dq, *self._in_one_launch(q, k, v, d_out, start=d_final, updates=updates, final=final)[1:]
+        back: Any = {"reverse": True, "start": d_final, "updates": updates}
         dv, first = self.sweep(k, q, d_out, **back, final=final)
-        across: Any = {"reverse": True, "start": _mT(start), "updates": _mT(updates)}
-        return self.sweep(v, d_out, q, **across, meet=meet, mine=k)[0], dv, first
+        across: Any = {"reverse": True, "start": _mT(d_final), "updates": _mT(updates)}
+        dk, _ = self.sweep(v, d_out, q, **across, meet=edges, mine=k)
+        return dq, dk, dv, first
 
-    def _together(
+    def _in_one_launch(
         self,
         q: Tensor,
         k: Tensor,

@@ -175,9 +175,8 @@ def _sweep(
     g_ptr += token * H + i_h if GATED else i_h
     g = 0.0 if GATED else tl.load(g_ptr)
     if KEEP or MEET:
-        chunk0 = (
-            tl.load(chunks_ptr + i_n).to(tl.int64) if VARLEN else i_n * tl.cdiv(T, C)
-        )  # numbers go through all sequences
+        # numbers go through all sequences
+        chunk0 = tl.load(chunks_ptr + i_n).to(tl.int64) if VARLEN else i_n * tl.cdiv(T, C)
         mine_ptr += row * mine_b + begin * mine_t + i_h * mine_h
 
     state = tl.zeros([BK, BV], dtype=tl.float32)
@@ -225,11 +224,17 @@ def _sweep(
         q = tl.load(q_ptr + t[:, None] * q_t + ks[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)
         k = tl.load(k_ptr + t[:, None] * k_t + ks[None, :], mask=inside[:, None] & in_k[None, :], other=0.0)
         v = tl.load(v_ptr + t[:, None] * v_t + vs[None, :], mask=inside[:, None] & in_v[None, :], other=0.0)
-        left, right = tl.exp(b), tl.exp(tl.minimum(total - b, 0.0))  # from the chunk's first token and to its last
-        read, write = tl.where(reverse, right, left), tl.where(reverse, left, right)
-        weight = scale * tl.exp(
-            tl.where(seen, (b[:, None] - b[None, :]) * way, float("-inf"))
-        )  # no positive exponent, no inf * 0
+        if TOGETHER:  # the direction is known at run time only
+            to_end = tl.minimum(total - b, 0.0)
+            log_weight = (b[:, None] - b[None, :]) * way
+            read, write = tl.exp(tl.where(reverse, to_end, b)), tl.exp(tl.where(reverse, b, to_end))
+        elif reverse:
+            log_weight = b[None, :] - b[:, None]
+            read, write = tl.exp(tl.minimum(total - b, 0.0)), tl.exp(b)
+        else:
+            log_weight = b[:, None] - b[None, :]
+            read, write = tl.exp(b), tl.exp(tl.minimum(total - b, 0.0))
+        weight = scale * tl.exp(tl.where(seen, log_weight, float("-inf")))  # no positive exponent, no inf * 0
         written = (v * write[:, None]).to(k.dtype)
         if HALF:  # as bfloat16: without decay the state can outgrow float16's range
             out = tl.dot(q.to(tl.bfloat16), state.to(tl.bfloat16))
@@ -292,9 +297,8 @@ def _together(
     A program picks its pointers; copies of the loop would need the registers and the shared memory of all.
     """
     NV: tl.constexpr = (K + BV - 1) // BV
-    ROLES: tl.constexpr = (
-        2 if dq_ptr is None else 3
-    )  # sweep(k, q, do), sweep(v, do, q) and, from the left, sweep(do, v, k)
+    # sweep(k, q, do), sweep(v, do, q) and, from the left, sweep(do, v, k)
+    ROLES: tl.constexpr = 2 if dq_ptr is None else 3
     role = tl.program_id(0) % (ROLES * NV) // NV
     out_ptr = tl.where(role == 0, dv_ptr, dk_ptr)
     if dq_ptr is not None:

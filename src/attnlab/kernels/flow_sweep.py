@@ -89,17 +89,12 @@ class CausalFlow(torch.autograd.Function):
         lay, sweeps = ctx.lay, ctx.sweeps
         d_out = torch.zeros_like(v, memory_format=torch.contiguous_format) if d_out is None else rows(d_out)
         d_final = None if d_final is None else d_final.contiguous() * lay.lift  # each sweep scales what it reads
-        d_reads, _ = sweeps.sweep(d_out, v, writes, start=_mT(memory), updates=_mT(behind))
         wanted = ctx.needs_input_grad[3:5]
-        how: Any = {"start": d_final, "updates": sweeps.updates(reads, d_out, reverse=True), "final": wanted[1]}
-        d_writes, dv, d_memory = sweeps.keys_and_values(reads, writes, v, d_out, **how)
+        how: Any = {"start": memory, "behind": behind, "d_final": d_final, "edges": None}
+        d_reads, d_writes, dv, d_memory = sweeps.gradients(reads, writes, v, d_out, **how, final=wanted[1])
         dq, dk, d_start = gradients(q, k, gates, ctx.clamp, lay, d_reads, d_writes, d_end, wanted[0])
         d_memory = None if d_memory is None else d_memory / lay.lift
         return dq, dk, dv, d_start, d_memory, None, None, None, None
-
-
-def _mT(x):
-    return None if x is None else x.mT
 
 
 @functools.cache
