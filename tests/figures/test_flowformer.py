@@ -93,6 +93,14 @@ def test_a_run_that_diverged_is_left_out_of_the_chart_at_scale() -> None:
     assert [len(rows) for rows in values] == [3 * len(ARMS) - 1]
 
 
+@pytest.mark.parametrize(("losses", "log"), [((0.01, 0.3), True), ((1.9, 2.1), False), ((0.0, 0.3), False)])
+def test_losses_at_scale_are_logarithmic_where_they_differ_tenfold(losses: tuple[float, float], log: bool) -> None:
+    frame = trained().assign(case="recall")
+    frame["loss"] = [losses[i % 2] for i in range(len(frame))]
+    spec = str(plots.scale_chart(frame).to_dict())
+    assert ("'type': 'log'" in spec) is ("(log scale)" in spec) is log
+
+
 def test_running_means_draw_the_normal_form_once() -> None:
     (rows,) = plots.running_chart(means(), 6).to_dict()["datasets"].values()
     lines = pd.DataFrame(rows).groupby("line").size()

@@ -306,11 +306,15 @@ def arms_chart(
 
 
 def scale_chart(frame: pd.DataFrame) -> alt.VConcatChart:
-    """The loss of every arm on each task of a record: :func:`arms_chart` for each ``case`` of the rows, one below the other."""
-    panels = [
-        arms_chart(frame[frame["case"] == case].dropna(subset=["loss"]), "loss", case, "held-out loss, nats", log=True)
-        for case in dict.fromkeys(frame["case"])
-    ]
+    """The loss of every arm on each task of a record: :func:`arms_chart` for each ``case`` of the rows, one below the other.
+
+    The axis is logarithmic where losses differ tenfold; elsewhere that would push all seeds together.
+    """
+    panels = []
+    for case, rows in frame.dropna(subset=["loss"]).groupby("case", sort=False):
+        log = bool(0 < 10 * rows["loss"].min() < rows["loss"].max())
+        axis = f"held-out loss, nats{' (log scale)' if log else ''}"
+        panels.append(arms_chart(rows, "loss", str(case), axis, log=log))
     chart: alt.VConcatChart = alt.vconcat(*panels, spacing=24)
     return chart.properties(title="Larger tasks: who is ahead?")
 
