@@ -284,6 +284,9 @@ def gpu_record(ours: tuple[float, float] = (0.4, 0.44)) -> dict[str, Any]:
                 {**row, "case": "no decay", "impl": "attnlab", "ms": 0.001},
                 {**row, "shape": {**shape, "K": 64, "V": 64}, "impl": "attnlab", "ms": 0.001},
             ]
+    for row in rows:
+        if "ms" in row:
+            row |= {"ms20": 0.95 * row["ms"], "ms80": 1.25 * row["ms"]}
     return {
         "schema": 1,
         "command": "python -m attnlab.kernels.bench",
@@ -331,6 +334,10 @@ class TestRecord:
         assert speed["controls"]["softmax"]["value"] == pytest.approx(27)
         assert fla["value"] == pytest.approx(2.5)
         assert fla["controls"]["training"]["value"] == pytest.approx(2.5)
+        wander = 1.25 / 0.95  # the slow end of one side over the fast end of the other
+        assert speed["interval"] == pytest.approx([1.1 / wander, 1.1 * wander])
+        for gain in (fla, fla["controls"]["training"]):
+            assert gain["interval"] == pytest.approx([2.5 / wander, 2.5 * wander])
         for row in (speed, fla):
             assert row["origin"] == "record"
             assert row["machine"]["gpu"] == "Some GPU"
@@ -361,6 +368,7 @@ def test_judged_claims_in_the_repository_follow_from_its_kernel_record() -> None
     kernel, judged = records.load("linear-kernels-h200"), records.load("lightning-attention-2")
     if kernel is None or judged is None:
         pytest.skip("no GPU record in this checkout")
-    assert [(row["claim"], row["value"], row["verdict"]) for row in judged.rows] == [
-        (row["claim"], row["value"], row["verdict"]) for row in runs.judge(kernel)
+    fields = ("claim", "value", "interval", "controls", "verdict")
+    assert [[row[field] for field in fields] for row in judged.rows] == [
+        [row[field] for field in fields] for row in runs.judge(kernel)
     ]

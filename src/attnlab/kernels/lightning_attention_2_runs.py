@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -271,8 +271,14 @@ def law(frame: pd.DataFrame, *, tokens: int = 65_536, heads: int = 16, width: in
 
 def fastest(rows: pd.DataFrame, what: str, way: str) -> pd.Series:
     """Milliseconds of the fastest implementation of a kind by length T, for the pass ``way``."""
-    found: pd.Series = rows[(rows.kind == what) & (rows["pass"] == way)].groupby("T").ms.min()
+    found: pd.Series = _calls(rows, what, way).ms
     return found
+
+
+def _calls(rows: pd.DataFrame, what: str, way: str) -> pd.DataFrame:
+    """Of the fastest implementation by length T: the median of its calls ``ms``; ``ms20`` and ``ms80`` cut off a fifth at each end."""
+    chosen = rows[(rows.kind == what) & (rows["pass"] == way)]
+    return chosen.loc[chosen.groupby("T").ms.idxmin()].set_index("T")[["ms20", "ms", "ms80"]]
 
 
 def largest_errors(rows: pd.DataFrame) -> pd.DataFrame:
@@ -284,25 +290,39 @@ def largest_errors(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def judge(record: records.Record) -> list[claims.Row]:
-    """The rows of the GPU claims, with the machine, date and versions of the record that decides them."""
+    """The rows of the GPU claims, with the machine, date and versions of the record that decides them.
+
+    The interval of a ratio says how far calls wander: from the fast end of one side over the slow end of the other to the reverse.
+    """
     rows = law(record.frame())
-    forward, training = (fastest(rows, "ours", way) for way in PASSES)
-    softmax = fastest(rows, "softmax", PASSES[0])
-    gains = [fastest(rows, "linear", way) / ours for way, ours in zip(PASSES, (forward, training), strict=True)]
-    least, least_training = (float(gain.loc[1_024:16_384].min()) for gain in gains)
+    forward, training = (_calls(rows, "ours", way) for way in PASSES)
+    softmax = _calls(rows, "softmax", PASSES[0])
+    gains = [_gain(_calls(rows, "linear", way), ours) for way, ours in zip(PASSES, (forward, training), strict=True)]
     found = {
         "constant-speed-gpu": (_growth(forward), {"training": _growth(training), "softmax": _growth(softmax)}),
-        "faster-than-fla": (least, {"training": least_training}),
+        "faster-than-fla": (gains[0], {"training": gains[1]}),
     }
     return [
-        claims.measure(f"lightning-attention-2/{name}", value, controls=controls, record=record)
-        for name, (value, controls) in found.items()
+        claims.measure(f"lightning-attention-2/{name}", value, interval=interval, controls=controls, record=record)
+        for name, ((value, interval), controls) in found.items()
     ]
 
 
-def _growth(ms: pd.Series) -> float:
-    """Time at 65,536 tokens a sequence over time at 1,024."""
-    return float(ms[65_536] / ms[1_024])
+def _ratio(one: Any, other: Any) -> tuple[Any, Any, Any]:
+    """How many times as long ``one`` takes as ``other``, at least and at most; of two lengths numbers, of all by length."""
+    return one.ms / other.ms, one.ms20 / other.ms80, one.ms80 / other.ms20
+
+
+def _growth(calls: pd.DataFrame) -> tuple[float, tuple[float, float]]:
+    """Time at 65,536 tokens a sequence over time at 1,024, with interval."""
+    value, low, high = map(float, _ratio(calls.loc[65_536], calls.loc[1_024]))
+    return value, (low, high)
+
+
+def _gain(theirs: pd.DataFrame, ours: pd.DataFrame) -> tuple[float, tuple[float, float]]:
+    """The least speed-up over the lengths from 1,024 to 16,384 tokens, with interval."""
+    value, low, high = (float(ratio.loc[1_024:16_384].min()) for ratio in _ratio(theirs, ours))
+    return value, (low, high)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
